@@ -6,6 +6,7 @@ The format (https://github.com/huggingface/safetensors): 8 bytes of header lengt
 """
 
 import json
+import math
 import mmap
 import os
 import re
@@ -20,6 +21,7 @@ import numpy as np
 from safetensors import safe_open
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_DIMENSIONS = 32
 MAX_JSON_BYTES = 64_000_000  # the index of the largest public checkpoints is about 15 MB
 
 # In the order of the reference writer, which sorts a file's tensors by descending rank here (so that wide types come
@@ -56,7 +58,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and the reason."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LazyTensor:
     """A tensor on the disk. `read()`, `tensor[index]` and `np.asarray(tensor)` are read-only views on a memory map."""
 
@@ -69,7 +71,7 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def ndim(self) -> int:
@@ -128,9 +130,9 @@ class SafetensorsFile(Mapping[str, LazyTensor]):
                     f"supported are {', '.join(DTYPES)}"
                 )
             # The bounds were validated already; they are checked again because the file was opened a second time.
-            size = int(np.prod(shape, dtype=object)) * dtype.itemsize
-            nominal = int(np.prod([max(n, 1) for n in shape], dtype=object)) * dtype.itemsize
-            if len(shape) > 32 or nominal >= 2**62 or not 0 <= begin <= end <= data_bytes or end - begin != size:
+            possible = len(shape) <= MAX_DIMENSIONS and math.prod(n or 1 for n in shape) * dtype.itemsize < 2**62
+            size = math.prod(shape) * dtype.itemsize if possible else -1
+            if not 0 <= begin <= end <= data_bytes or end - begin != size:
                 raise CheckpointError(f"{self.path}: tensor {show(name)} has shape {show(shape)}, which is impossible")
             self._tensors[name] = LazyTensor(name, shape, dtype, self, data_start + begin, check_finite)
 
@@ -164,24 +166,26 @@ def _read_valid_header(path: Path) -> tuple[dict[str, Any], int, int]:
     size = _regular_file_size(path)
     if size < 8:
         raise CheckpointError(f"{path}: truncated or empty: {size} bytes, a safetensors file has at least 8")
-    with open(path, "rb") as file:
-        head = file.read(8)
-        length = int.from_bytes(head, "little")
-        if head[:2] == b"PK" or head[:1] == b"\x80":
+    head = _read_bytes(path, 8)
+    length = int.from_bytes(head, "little")
+    if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        if head[:2] == b"PK" or head[:1] == b"\x80":  # a zip archive of pickles, a pickle
             raise CheckpointError(f"{path}: is a pickle (or torch archive), not safetensors; convert it to safetensors")
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(
-                f"{path}: the header is said to have {length} bytes; the file has {size} and the format allows "
-                f"{MAX_HEADER_BYTES}: truncated, or not safetensors"
-            )
-        try:
-            with safe_open(path, framework="np"):
-                pass
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a panic in the reader's native code is not an Exception
-            raise CheckpointError(f"{path}: not a valid safetensors file: {show(str(error), 300)}") from error
-        header = _parse_json(file.read(length), path)
+        raise CheckpointError(
+            f"{path}: the header is said to have {length} bytes; the file has {size} and the format allows "
+            f"{MAX_HEADER_BYTES}: truncated, or not safetensors"
+        )
+    text = _read_bytes(path, length, start=8)
+    if re.search(rb"\[[\d,\s]{2000}", text):  # before anything makes a list of millions of numbers from it
+        raise CheckpointError(f"{path}: a tensor has more than {MAX_DIMENSIONS} dimensions")
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in the reader's native code is not an Exception
+        raise CheckpointError(f"{path}: not a valid safetensors file: {show(str(error), 300)}") from error
+    header = _parse_json(text, path)
     return header, 8 + length, size - 8 - length
 
 
@@ -197,15 +201,15 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     size = _regular_file_size(path)
     if size > MAX_JSON_BYTES:
         raise CheckpointError(f"{path}: {size} bytes of JSON; more than {MAX_JSON_BYTES} are not read")
-    return _parse_json(path.read_bytes(), path)
+    return _parse_json(_read_bytes(path, size), path)
 
 
 def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
     def unique(pairs):
         result = dict(pairs)
         if len(result) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
             raise CheckpointError(f"{path}: key {show(twice)} occurs twice")
         return result
 
@@ -228,6 +232,15 @@ def _regular_file_size(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path}: is not a regular file")
     return status.st_size
+
+
+def _read_bytes(path: Path, count: int, start: int = 0) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(count)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def show(value: Any, limit: int = 120) -> str:
@@ -255,7 +268,7 @@ def is_finite(array: np.ndarray) -> bool:
     return all(finite_byte[flat[i : i + step].view(np.uint8)].all() for i in range(0, flat.size, step))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PendingTensor:
     """A tensor still to be written: known by shape and dtype, fetched when its turn comes."""
 
@@ -266,7 +279,7 @@ class PendingTensor:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=object)) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 def pending_tensors(tensors: Iterable[tuple]) -> list[PendingTensor]:

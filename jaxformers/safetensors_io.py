@@ -73,10 +73,10 @@ def open_checkpoint(directory: str | os.PathLike, *, check_finite: bool = False)
     for stem in ("model", _quantized_stem(directory)):
         if stem is not None:
             file = directory / f"{stem}.safetensors"
-            if file.exists():
+            if os.path.exists(file):
                 return Checkpoint(directory, [SafetensorsFile(file, check_finite=check_finite)])
             index = directory / f"{stem}.safetensors.index.json"
-            if index.exists():
+            if os.path.exists(index):
                 return _open_shards(directory, index, check_finite)
     found = sorted(directory.glob("*.safetensors"))
     indices = sorted(directory.glob("*.safetensors.index.json"))
@@ -104,7 +104,7 @@ def _open_shards(directory: Path, index: Path, check_finite: bool) -> Checkpoint
         check_plain_name(file, f"{index}: the file of tensor {show(name)}")
     files = {}
     for file in sorted(set(weight_map.values())):
-        if not (directory / file).exists():
+        if not os.path.exists(directory / file):
             raise CheckpointError(f"{index}: shard {show(file)} is missing from the directory")
         files[file] = SafetensorsFile(directory / file, check_finite=check_finite)
     for name, file in weight_map.items():
