@@ -66,9 +66,10 @@ def supcon_loss(
         L = - mean_i  1/|P(i)|  sum_{j in P(i)}  ( S_ij - m_i - log( sum_{a != i} exp(S_ia - m_i) + eps ) )
 
     with m_i = max_j S_ij (the anchor's own entry included), over the anchors that have a positive; 0 when none has
-    (check the labels with `has_positives` first where that matters). The scale s is 1/temperature (default 1/0.07), or min(exp(log_scale), 100) with `log_scale` learnable;
-    giving both is an error. `eps` is STAR's: a floor under the sum, which tells at scale 100, where m_i is the anchor's
-    own 100; eps=0 gives the plain log-sum-exp of the paper (LinkTransformer).
+    (check the labels with `has_positives` first where that matters). The scale s is 1/temperature (default 1/0.07), or
+    min(exp(log_scale), 100) with `log_scale` learnable; giving both is an error. `eps` is STAR's: a floor under the
+    sum, which tells at scale 100, where m_i is the anchor's own 100; eps=0 gives the plain log-sum-exp of the paper
+    (LinkTransformer).
 
     `compat="star"` computes what the published STAR code computes: the second factor is normalised per feature
     *dimension over the batch* (S is then no cosine and not symmetric), the scale is max(exp(log_scale), 100) with
