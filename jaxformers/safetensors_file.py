@@ -51,6 +51,8 @@ DTYPES: dict[str, np.dtype] = {
     }.items()
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# A five-letter key (however it is escaped: it can only be "shape") before a list of numbers without an end.
+_ENDLESS_SHAPE = re.compile(rb'(?<!\\)"(?:[^"\\]|\\u[0-9a-fA-F]{4}){5}"\s*:\s*\[[\d,\s]{2000}')
 _RANK = {name: rank for rank, name in enumerate(DTYPES)}
 
 
@@ -58,7 +60,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and the reason."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LazyTensor:
     """A tensor on the disk. `read()`, `tensor[index]` and `np.asarray(tensor)` are read-only views on a memory map."""
 
@@ -119,6 +121,7 @@ class SafetensorsFile(Mapping[str, LazyTensor]):
         self.path = Path(path)
         self._map: mmap.mmap | None = None
         header, data_start, data_bytes = _read_valid_header(self.path)
+        self._size = data_start + data_bytes
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self._tensors = {}
         for name, entry in header.items():
@@ -153,6 +156,8 @@ class SafetensorsFile(Mapping[str, LazyTensor]):
                     self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{self.path}: cannot be memory-mapped: {error}") from error
+            if len(self._map) != self._size:
+                raise CheckpointError(f"{self.path}: has changed since it was opened")
         return self._map
 
 
@@ -176,7 +181,7 @@ def _read_valid_header(path: Path) -> tuple[dict[str, Any], int, int]:
             f"{MAX_HEADER_BYTES}: truncated, or not safetensors"
         )
     text = _read_bytes(path, length, start=8)
-    if re.search(rb"\[[\d,\s]{2000}", text):  # before anything makes a list of millions of numbers from it
+    if _ENDLESS_SHAPE.search(text):  # before anything makes a list of millions of numbers from it
         raise CheckpointError(f"{path}: a tensor has more than {MAX_DIMENSIONS} dimensions")
     try:
         with safe_open(path, framework="np"):
