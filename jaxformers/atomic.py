@@ -69,7 +69,8 @@ def replace_directory(
         raise ValueError(f"directory: {directory} is a mount point and cannot be replaced; name a directory inside it")
     directory.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{directory.name}.saving-{socket.gethostname()}-"
-    _remove_leftovers(directory.parent, prefix)
+    with contextlib.suppress(OSError):  # tidiness alone
+        _remove_leftovers(directory.parent, prefix)
     temporary = directory.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}")
     try:
         temporary.mkdir()
