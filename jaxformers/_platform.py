@@ -1,9 +1,9 @@
 """Environment that JAX and libtpu read once, before their first import: imported first by the package.
 
-libtpu compiles for TPUs on machines that have none, so it is often installed on laptops and CI machines. There JAX loads
-it anyway, and it looks for a cloud metadata server and writes half a dozen warnings to stderr (jax 0.10 to 0.12). What is
-set here keeps it quiet and out of the way on exactly those machines. Nothing that the user has set is changed, and with
-a TPU, a GPU or any other JAX plugin present the choice of platform stays JAX's.
+libtpu compiles for TPUs on machines that have none, so it is often installed on laptops and CI machines. There JAX
+loads it all the same, and it looks for a cloud metadata server and writes half a dozen warnings to stderr (jax 0.10 to
+0.12). What is set here keeps it quiet and out of the way on exactly those machines. Nothing that the user has set is
+changed, and with a TPU, a GPU or any other JAX plugin present the choice of platform stays JAX's.
 """
 
 import glob

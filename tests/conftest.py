@@ -41,7 +41,7 @@ def shared() -> Path:
     """The directory of larger oracles and data beside the repository, or $JAXFORMERS_SHARED; skips without it."""
     path = Path(os.environ.get("JAXFORMERS_SHARED") or ROOT.parent / "shared")
     if not path.is_dir():
-        pytest.skip(f"no {path}: the larger oracles and data sets are not on this machine (JAXFORMERS_SHARED names them)")
+        pytest.skip(f"no {path}: the larger oracles and data sets are not here (JAXFORMERS_SHARED names their place)")
     return path
 
 

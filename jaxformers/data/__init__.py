@@ -1,0 +1,1 @@
+"""Sources, tokenizers, batching and features."""
