@@ -1,8 +1,9 @@
 """What a style embedding is for: who wrote this, did one person write both, which texts belong together.
 
 The downstream uses of STAR (arXiv 2310.11081). Everything here takes `encode`, a function from a list of n texts to an
-(n, width) array, such as the `embed` of a trained `StyleModel`; nothing is trained but the one logistic layer of `Verifier`. Tables may be pandas DataFrames, dicts of
-columns or lists of rows; where a DataFrame goes in, a DataFrame comes out.
+(n, width) array, such as the `embed` of a trained `StyleModel`; nothing is trained but the one logistic layer of
+`Verifier`. Tables may be pandas DataFrames, dicts of columns or lists of rows; where a DataFrame goes in, a DataFrame
+comes out.
 """
 
 from __future__ import annotations
