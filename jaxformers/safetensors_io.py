@@ -68,10 +68,10 @@ def open_checkpoint(directory: str | os.PathLike, *, check_finite: bool = False)
     Raises CheckpointError, naming file and reason, for whatever is missing, malformed, ambiguous or points elsewhere.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: {'is not a directory' if directory.exists() else 'does not exist'}")
-    for stem in ("model", _quantized_stem(directory)):
-        if stem is not None:
+    if not os.path.isdir(directory):
+        raise CheckpointError(f"{directory}: {'is not a directory' if os.path.exists(directory) else 'does not exist'}")
+    for find_stem in (lambda _: "model", _quantized_stem):  # what comes second is not read where the first is there
+        if (stem := find_stem(directory)) is not None:
             file = directory / f"{stem}.safetensors"
             if os.path.exists(file):
                 return Checkpoint(directory, [SafetensorsFile(file, check_finite=check_finite)])
