@@ -1,0 +1,18 @@
+"""Training: :func:`fit` and its parts."""
+
+from jaxformers.train.checkpoint import DamagedCheckpoint, load_params
+from jaxformers.train.loop import FitResult, NonFiniteLoss, TrainConfig, fit
+from jaxformers.train.optim import OptimConfig, adafactor, make_optimizer, schedule
+
+__all__ = [
+    "DamagedCheckpoint",
+    "FitResult",
+    "NonFiniteLoss",
+    "OptimConfig",
+    "TrainConfig",
+    "adafactor",
+    "fit",
+    "load_params",
+    "make_optimizer",
+    "schedule",
+]
