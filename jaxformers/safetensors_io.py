@@ -134,14 +134,16 @@ def write_checkpoint(
     metadata: Mapping[str, str] | None = None,
     extra_files: Mapping[str, bytes | str] | None = None,
     stem: str = "model",
+    drop: Iterable[str] = ("quantize_config.json",),
 ) -> None:
     """Writes a checkpoint directory, replacing `directory` as a unit (see `atomic.replace_directory`).
 
     `tensors` yields `(name, array)` (NumPy, JAX, LazyTensor: anything with shape and dtype) or
     `(name, shape, dtype, read)`, where `read()` returns the array when its turn comes; one array is held at a time.
     Written are `{stem}.safetensors`, or shards of at most `max_shard_bytes` with an index, and `extra_files`
-    (name, with `/` for folders -> content). Weights of an older checkpoint in `directory` go, other files stay.
-    `metadata` defaults to `{"format": "pt"}`, which Hugging Face asks for.
+    (name, with `/` for folders -> content). Of what is in `directory` already, weights and the entries called in `drop`
+    go unless they are written anew; other files stay. `metadata` defaults to `{"format": "pt"}`, which Hugging Face
+    asks for.
     Raises ValueError before anything is written (a name twice, a dtype without a place in the format), or when a
     `read()` returns something else than announced; OSError when the disk refuses. The old checkpoint then stays.
     """
@@ -149,7 +151,8 @@ def write_checkpoint(
     for name in extra_files or {}:
         if not name or Path(name).is_absolute() or any(part in ("..", "") for part in name.split("/")) or "\\" in name:
             raise ValueError(f"extra_files: {show(name)} is not a relative path inside the checkpoint")
-    with replace_directory(directory, drop=is_weight_file) as temporary:
+    dropped = frozenset(drop)
+    with replace_directory(directory, drop=lambda name: name in dropped or is_weight_file(name)) as temporary:
         write_tensors(pending, temporary, max_shard_bytes=max_shard_bytes, metadata=metadata, stem=stem)
         for name, content in (extra_files or {}).items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -39,10 +38,10 @@ def intact(directory: Path, before: dict[str, bytes]) -> bool:
     return tree(directory) == before and [p.name for p in directory.parent.iterdir()] == [directory.name]
 
 
-def run_python(code: str, *arguments, check=True, preexec_fn=None) -> subprocess.CompletedProcess:
+def run_python(code: str, *arguments, check=True) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
     root = Path(atomic.__file__).parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, preexec_fn=preexec_fn, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=60)
     if check:
         assert done.returncode == 0, done.stderr
     return done
@@ -191,8 +190,8 @@ SAVE_WITHOUT_SPACE = """
 def test_a_real_write_error_from_a_file_size_limit(old):
     """The kernel refuses the write itself (EFBIG); no function of Python is replaced."""
     before = tree(old)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))
-    done = run_python(SAVE_WITHOUT_SPACE, old, preexec_fn=limit)
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))\n"
+    done = run_python(limit + textwrap.dedent(SAVE_WITHOUT_SPACE), old)
     assert "which is as it was before: File too large" in done.stdout
     assert intact(old, before)
 

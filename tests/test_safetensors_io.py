@@ -233,13 +233,18 @@ def test_saving_over_a_checkpoint_drops_old_weights_and_keeps_other_files(tmp_pa
     directory = tmp_path / "c"
     write_checkpoint([(f"t{i}", np.ones(9)) for i in range(4)], directory, max_shard_bytes=80)
     (directory / "README.md").write_text("card")
+    (directory / "quantize_config.json").write_text("{}")
+    (directory / "modules.json").write_text("[]")
     (directory / "1_Pooling").mkdir()
     (directory / "1_Pooling" / "config.json").write_text("{}")
     save_file({"lora": np.zeros(1)}, directory / "adapter_model.safetensors")
     lazily_read = open_checkpoint(directory)["t0"]
     held = lazily_read.read()
     write_checkpoint(
-        [("t0", lazily_read)], directory, extra_files={"config.json": "{}", "1_Pooling/config.json": b'{"a": 1}'}
+        [("t0", lazily_read)],
+        directory,
+        extra_files={"config.json": "{}", "1_Pooling/config.json": b'{"a": 1}'},
+        drop=["modules.json", "quantize_config.json"],
     )
     names = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
     assert names == {
