@@ -95,6 +95,7 @@ def test_round_trip(data):
             assert same_bits(checkpoint[name].read(), array)
             assert checkpoint[name].nbytes == array.nbytes and checkpoint[name].ndim == array.ndim
         for file in checkpoint.files:
+            assert int.from_bytes(file.path.read_bytes()[:8], "little") % 8 == 0  # the data is aligned
             with safe_open(file.path, framework="np"):
                 assert len(file) == 1 or sum(t.nbytes for t in file.values()) <= limit
         assert checkpoint.nbytes == sum(a.nbytes for a in tensors.values())
