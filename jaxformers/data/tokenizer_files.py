@@ -62,7 +62,7 @@ def read_tokenizer(directory: Path) -> tuple[Tokenizer, dict]:
     config = _read_config(directory)
     if (path := directory / "tokenizer.json").exists():
         core = _from_tokenizer_json(path)
-        _apply_overrides(core, config)
+        _guarded(directory, _apply_overrides, core, config)
         frame = None
     elif (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
         core, frame = _from_merges(directory, config)
@@ -70,10 +70,9 @@ def read_tokenizer(directory: Path) -> tuple[Tokenizer, dict]:
         core, frame = _from_vocab(directory / "vocab.txt", config)
     else:
         raise ValueError(_nothing_found(directory))
-    _add_tokens(core, config, directory)
+    _guarded(directory, _add_tokens, core, config, directory)
     if frame is not None:
-        core.post_processor = _post_processor(core, frame, config)
-    _apply_bos_eos(core, config, directory)
+        core.post_processor = _guarded(directory, _post_processor, core, frame, config, directory)
     core.no_truncation()
     core.no_padding()
     return core, config
@@ -115,6 +114,8 @@ def _guarded(path: Path, build, *args, **kwargs):
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
+        if type(error) is ValueError and str(error).startswith(str(path)):
+            raise
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -259,9 +260,10 @@ def _added_token(content: str, flags: dict, special: bool) -> AddedToken:
     return AddedToken(content, special=special, **{"normalized": not special, **known})
 
 
-def _post_processor(core: Tokenizer, frame: str, config: dict):
+def _post_processor(core: Tokenizer, frame: str, config: dict, directory: Path):
+    """What stands around a text where there is no tokenizer.json to say it."""
     if frame == "plain":
-        return processors.ByteLevel(trim_offsets=False)
+        return _bos_eos(core, config, directory / "tokenizer_config.json")
     sep, cls = ((config[key], core.token_to_id(config[key])) for key in ("sep_token", "cls_token"))
     if frame == "roberta":
         space = bool(config.get("add_prefix_space", False))
@@ -269,30 +271,33 @@ def _post_processor(core: Tokenizer, frame: str, config: dict):
     return processors.BertProcessing(sep, cls)
 
 
-def _apply_bos_eos(core: Tokenizer, config: dict, directory: Path) -> None:
-    """`add_bos_token` and `add_eos_token` of decoder-only models (LLaMA, OPT) replace the frame in tokenizer.json."""
-    if config.get("add_bos_token") is None and config.get("add_eos_token") is None:
-        return
-    before = _guarded(directory, core.encode, "").ids
-    if len(before) > 1:
-        return  # [CLS] ... [SEP]: an encoder's frame, which these settings do not touch
-    ids = {name: core.token_to_id(config.get(f"{name}_token") or "") for name in ("bos", "eos")}
-    add = {name: config.get(f"add_{name}_token") for name in ids}
-    for name, i in ids.items():
-        if add[name] is None:
-            add[name] = i is not None and before == [i]
-        if add[name] and i is None:
-            path = directory / "tokenizer_config.json"
+def _bos_eos(core: Tokenizer, config: dict, path: Path):
+    """`add_bos_token`, `add_eos_token` of decoder-only models (OPT sets the first)."""
+    tokens = {}
+    for name in ("bos", "eos"):
+        tokens[name] = [config.get(f"{name}_token")] if config.get(f"add_{name}_token") else []
+        if tokens[name] and tokens[name][0] is None:
             raise ValueError(f"{path}: add_{name}_token is set, but there is no {name}_token")
-    if before == [ids[name] for name in ids if add[name]]:
-        return
-    bos, eos = ([config[f"{name}_token"]] if add[name] else [] for name in ("bos", "eos"))
-    single = bos + ["$A"] + eos
-    core.post_processor = processors.TemplateProcessing(
-        single=single,
-        pair=single + [f"{part}:1" for part in bos + ["$B"] + eos],
-        special_tokens=[(config[f"{name}_token"], ids[name]) for name in ids if add[name]],
-    )
+    single = [*tokens["bos"], "$A", *tokens["eos"]]
+    second = [f"{part}:1" for part in (*tokens["bos"], "$B", *tokens["eos"])]
+    special = {token: core.token_to_id(token) for token in tokens["bos"] + tokens["eos"]}
+    return processors.TemplateProcessing(single=single, pair=single + second, special_tokens=list(special.items()))
+
+
+def tokenizer_directory(directory: Path) -> Path:
+    """Where the tokenizer's files lie: sentence-transformers may keep them in its first module's directory."""
+    here = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer_config.json")
+    if not (path := directory / "modules.json").exists() or any((directory / name).exists() for name in here):
+        return directory
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))[0]["path"]
+        inner = directory / name
+        inside = inner.resolve().is_relative_to(directory.resolve())
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a list of modules with a path each ({error})") from None
+    if not inside:
+        raise ValueError(f"{path}: the path {name!r} leads out of the directory")
+    return inner
 
 
 def _nothing_found(directory: Path) -> str:

@@ -7,8 +7,6 @@
 Ids are those of Hugging Face's tokenizers. Everything here is numpy; nothing touches an accelerator.
 """
 
-import bisect
-import json
 import os
 import threading
 from collections.abc import Iterable, Sequence
@@ -19,9 +17,12 @@ import tokenizers as tk
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from jaxformers.atomic import write_json_atomic, write_text_atomic
-from jaxformers.data.tokenizer_files import NAMES, read_json, read_tokenizer
+from jaxformers.data.padding import bucket, check_side, length_buckets, pad_rows
+from jaxformers.data.tokenizer_files import NAMES, read_json, read_tokenizer, tokenizer_directory
 
-# Where no file names the special tokens, a vocabulary that has one of these means what everybody means by it.
+__all__ = ["Tokenizer", "length_buckets", "load_tokenizer", "train_bpe", "train_wordpiece"]
+
+# Where no file names the special tokens: a special token of this name is what everybody means by it.
 _CONVENTION = {
     "pad": ("[PAD]", "<pad>"),
     "unk": ("[UNK]", "<unk>"),
@@ -32,18 +33,6 @@ _CONVENTION = {
     "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>"),
 }
 _UNLIMITED = 10**6  # Hugging Face writes 1e30 where a tokenizer has no maximum
-
-
-def length_buckets(max_length: int, smallest: int = 16) -> tuple[int, ...]:
-    """Lengths to pad to: powers of two and the halves between them (16, 24, 32, 48, ...), ending with `max_length`.
-
-    A step compiled for each bucket is compiled at most 2 log2(max_length / smallest) + 1 times, and no row is padded to
-    more than 1.5 times its length (beyond `smallest`).
-    """
-    if max_length < 1 or smallest < 1:
-        raise ValueError(f"max_length={max_length}, smallest={smallest}: expected positive lengths")
-    steps = sorted({smallest << k for k in range(40)} | {(smallest << k) * 3 // 2 for k in range(40)})
-    return (*(step for step in steps if step < max_length), max_length)
 
 
 class Tokenizer:
@@ -64,8 +53,8 @@ class Tokenizer:
         self.core = core
         self.config = config
         self.max_length = max_length
-        self.padding_side = _side(config.get("padding_side") or "right", "padding_side")
-        self.truncation_side = _side(config.get("truncation_side") or "right", "truncation_side")
+        self.padding_side = check_side(config.get("padding_side") or "right", "padding_side")
+        self.truncation_side = check_side(config.get("truncation_side") or "right", "truncation_side")
         self._lock = threading.Lock()  # the library keeps the truncation length in `core`
         special = _special_tokens(core, config)
         self.pad_token, self.bos_token, self.eos_token = special["pad"], special["bos"], special["eos"]
@@ -114,7 +103,7 @@ class Tokenizer:
                 room for the special tokens, or a row longer than the largest bucket.
         """
         rows = self._encode(texts, pairs, self._limit(max_length), add_special_tokens, fast=True)
-        return self._arrays(rows, _bucket(rows, buckets), self._side(padding_side))
+        return self._arrays(rows, bucket(rows, buckets), self._side(padding_side))
 
     def offsets(
         self,
@@ -134,14 +123,14 @@ class Tokenizer:
         for special tokens and padding.
         """
         rows = self._encode(texts, pairs, self._limit(max_length), add_special_tokens, fast=False)
-        length, side = _bucket(rows, buckets), self._side(padding_side)
+        length, side = bucket(rows, buckets), self._side(padding_side)
         none = lambda values: [-1 if value is None else value for value in values]
-        ends = [_pad([[offset[k] for offset in row.offsets] for row in rows], length, 0, side) for k in (0, 1)]
+        ends = [pad_rows([[offset[k] for offset in row.offsets] for row in rows], length, 0, side) for k in (0, 1)]
         return self._arrays(rows, length, side) | {
             "offsets": np.stack(ends, axis=-1),
-            "word_ids": _pad([none(row.word_ids) for row in rows], length, -1, side),
-            "sequence_ids": _pad([none(row.sequence_ids) for row in rows], length, -1, side),
-            "special_tokens_mask": _pad([row.special_tokens_mask for row in rows], length, 1, side),
+            "word_ids": pad_rows([none(row.word_ids) for row in rows], length, -1, side),
+            "sequence_ids": pad_rows([none(row.sequence_ids) for row in rows], length, -1, side),
+            "special_tokens_mask": pad_rows([row.special_tokens_mask for row in rows], length, 1, side),
         }
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -169,7 +158,8 @@ class Tokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         special = {f"{name}_token": token for name in NAMES if (token := getattr(self, f"{name}_token")) is not None}
-        skipped = ("auto_map", "added_tokens_decoder", "name_or_path", "special_tokens_map_file", "tokenizer_file")
+        skipped = ("add_bos_token", "add_eos_token")  # tokenizer.json says it
+        skipped += ("auto_map", "added_tokens_decoder", "name_or_path", "special_tokens_map_file", "tokenizer_file")
         config = {key: value for key, value in self.config.items() if key not in skipped} | special
         config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         if self.max_length is not None:
@@ -179,7 +169,7 @@ class Tokenizer:
         write_json_atomic(directory / "special_tokens_map.json", special)
 
     def _side(self, side: str | None) -> str:
-        return self.padding_side if side is None else _side(side, "padding_side")
+        return self.padding_side if side is None else check_side(side, "padding_side")
 
     def _limit(self, max_length: int | None) -> int | None:
         return self.max_length if max_length is None else max_length
@@ -205,9 +195,9 @@ class Tokenizer:
 
     def _arrays(self, rows: list, length: int, side: str) -> dict[str, np.ndarray]:
         return {
-            "input_ids": _pad([row.ids for row in rows], length, self.pad_id, side),
-            "attention_mask": _pad([row.attention_mask for row in rows], length, 0, side),
-            "token_type_ids": _pad([row.type_ids for row in rows], length, 0, side),
+            "input_ids": pad_rows([row.ids for row in rows], length, self.pad_id, side),
+            "attention_mask": pad_rows([row.attention_mask for row in rows], length, 0, side),
+            "token_type_ids": pad_rows([row.type_ids for row in rows], length, 0, side),
         }
 
 
@@ -223,7 +213,7 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
         ValueError: naming the file that is malformed, or what was looked for and not found. A bare SentencePiece model
             is such a case: it must be converted to a tokenizer.json first.
     """
-    directory = _tokenizer_directory(Path(directory))
+    directory = tokenizer_directory(Path(directory))
     core, config = read_tokenizer(directory)
     path = next((path for path in sorted(directory.glob("sentence_*_config.json"))), None)
     sentence = read_json(path) if path else {}
@@ -289,19 +279,36 @@ def train_wordpiece(
     """Train a WordPiece vocabulary with BERT's rules; ids 0 to 4 are [PAD], [UNK], [CLS], [SEP], [MASK].
 
     Texts are framed [CLS] a [SEP], pairs [CLS] a [SEP] b [SEP] with token type 1 from b on. `lowercase` also strips
-    accents, as in BERT. Raises ValueError for a `vocab_size` under 5 or items that are no text.
+    accents, as in BERT. Equal texts give an equal tokenizer. Raises ValueError for a `vocab_size` without room for the
+    special tokens and the characters, or items that are no text.
     """
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    if vocab_size < len(special):
-        raise ValueError(f"vocab_size={vocab_size}: the special tokens alone need {len(special)}")
-    core = tk.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    core.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    core.decoder = decoders.WordPiece(prefix="##")
+    texts = list(_checked(texts))
+    normalizer, words = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
+    first: set[str] = set()
+    inner: set[str] = set()
+    for text in texts:
+        for word, _ in words.pre_tokenize_str(normalizer.normalize_str(text)):
+            first.update(word[:1])
+            inner.update(word[1:])
+    least = len(special) + len(first | inner) + len(inner)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size={vocab_size}: special tokens and the characters of the texts need {least}")
+    # The trainer numbers the inner characters as it meets them in a hash table and breaks ties between pairs by those
+    # numbers: another vocabulary in each process. Given as special tokens they have fixed numbers; the vocabulary is
+    # then put into a tokenizer for which they are ordinary.
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=special, show_progress=False
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=special + [f"##{character}" for character in sorted(inner)],
+        show_progress=False,
     )
-    core.train_from_iterator(_checked(texts), trainer)
+    trained = tk.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    trained.normalizer, trained.pre_tokenizer = normalizer, words
+    trained.train_from_iterator(texts, trainer)
+    core = tk.Tokenizer(models.WordPiece(trained.get_vocab(), unk_token="[UNK]", max_input_chars_per_word=100))
+    core.normalizer, core.pre_tokenizer, core.decoder = normalizer, words, decoders.WordPiece(prefix="##")
+    core.add_special_tokens(special)
     core.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
     return Tokenizer(
@@ -314,29 +321,13 @@ def _special_tokens(core: tk.Tokenizer, config: dict) -> dict[str, str | None]:
     special: dict[str, str | None] = {}
     frame = core.encode("").tokens if core.num_special_tokens_to_add(False) == 2 else []
     framed = {"cls": frame[0], "sep": frame[1]} if len(frame) == 2 else {}
+    known = {token.content for token in core.get_added_tokens_decoder().values() if token.special}
     for name in NAMES:
         if f"{name}_token" in config:
             special[name] = config[f"{name}_token"]
         else:
-            known = (framed.get(name), *_CONVENTION[name])
-            special[name] = next((token for token in known if token and core.token_to_id(token) is not None), None)
+            special[name] = next((token for token in (framed.get(name), *_CONVENTION[name]) if token in known), None)
     return special
-
-
-def _tokenizer_directory(directory: Path) -> Path:
-    """Where the tokenizer's files lie: sentence-transformers may keep them in its first module's directory."""
-    here = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer_config.json")
-    if not (path := directory / "modules.json").exists() or any((directory / name).exists() for name in here):
-        return directory
-    try:
-        name = json.loads(path.read_text(encoding="utf-8"))[0]["path"]
-        inner = directory / name
-        inside = inner.resolve().is_relative_to(directory.resolve())
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: expected a list of modules with a path each ({error})") from None
-    if not inside:
-        raise ValueError(f"{path}: the path {name!r} leads out of the directory")
-    return inner
 
 
 def _texts(texts, argument: str) -> list[str]:
@@ -372,29 +363,3 @@ def _checked(texts: Iterable[str]) -> Iterable[str]:
         yield text
 
 
-def _bucket(rows: list, buckets: Sequence[int] | None) -> int:
-    longest = max((len(row) for row in rows), default=0)
-    if buckets is None:
-        return longest
-    sizes = sorted(buckets)
-    if not sizes or sizes[0] < 1:
-        raise ValueError(f"buckets={tuple(buckets)}: expected positive lengths")
-    index = bisect.bisect_left(sizes, longest)
-    if index == len(sizes):
-        raise ValueError(f"buckets: a row of {longest} tokens is longer than the largest, {sizes[-1]}; give max_length")
-    return sizes[index]
-
-
-def _pad(rows: list[list[int]], length: int, fill: int, side: str) -> np.ndarray:
-    """Rows of unequal lengths as int32 [n, length]."""
-    out = np.full((len(rows), length), fill, np.int32)
-    for i, row in enumerate(rows):
-        if row:
-            out[i, slice(0, len(row)) if side == "right" else slice(length - len(row), length)] = row
-    return out
-
-
-def _side(side: str, argument: str) -> str:
-    if side not in ("right", "left"):
-        raise ValueError(f"{argument}={side!r}: expected 'right' or 'left'")
-    return side

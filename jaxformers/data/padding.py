@@ -1,0 +1,48 @@
+"""Rows of unequal lengths to rectangular arrays: the lengths to pad to, and the padding."""
+
+import bisect
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def length_buckets(max_length: int, smallest: int = 16) -> tuple[int, ...]:
+    """Lengths to pad to: powers of two and the halves between them (16, 24, 32, 48, ...), ending with `max_length`.
+
+    A step compiled for each bucket is compiled at most 2 log2(max_length / smallest) + 1 times, and no row is padded to
+    more than 1.5 times its length (beyond `smallest`).
+    """
+    if max_length < 1 or smallest < 1:
+        raise ValueError(f"max_length={max_length}, smallest={smallest}: expected positive lengths")
+    steps = sorted({smallest << k for k in range(40)} | {(smallest << k) * 3 // 2 for k in range(40)})
+    return (*(step for step in steps if step < max_length), max_length)
+
+
+def bucket(rows: Sequence[Sequence], buckets: Sequence[int] | None) -> int:
+    """The smallest of `buckets` that holds the longest row (without buckets its length). ValueError where none does."""
+    longest = max((len(row) for row in rows), default=0)
+    if buckets is None:
+        return longest
+    sizes = sorted(buckets)
+    if not sizes or sizes[0] < 1:
+        raise ValueError(f"buckets={tuple(buckets)}: expected positive lengths")
+    index = bisect.bisect_left(sizes, longest)
+    if index == len(sizes):
+        raise ValueError(f"buckets: a row of {longest} tokens is longer than the largest, {sizes[-1]}; give max_length")
+    return sizes[index]
+
+
+def pad_rows(rows: Sequence[Sequence[int]], length: int, fill: int, side: str) -> np.ndarray:
+    """Rows of unequal lengths as int32 [n, length]."""
+    out = np.full((len(rows), length), fill, np.int32)
+    for i, row in enumerate(rows):
+        if len(row):
+            out[i, slice(0, len(row)) if side == "right" else slice(length - len(row), length)] = row
+    return out
+
+
+def check_side(side: str, argument: str) -> str:
+    """`side`, or ValueError naming `argument`."""
+    if side not in ("right", "left"):
+        raise ValueError(f"{argument}={side!r}: expected 'right' or 'left'")
+    return side
