@@ -200,16 +200,16 @@ def check_plain_name(name: Any, what: str) -> None:
         raise CheckpointError(f"{what} is {show(name)}; it must be the plain name of a file in the same directory")
 
 
-def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """The JSON object in a file. Raises CheckpointError: missing, too large, not JSON, no object, a key twice."""
+def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
+    """The JSON object (or list: `kind`) in a file. Raises CheckpointError: missing, too large, not JSON, a key twice."""
     path = Path(path)
     size = _regular_file_size(path)
     if size > MAX_JSON_BYTES:
         raise CheckpointError(f"{path}: {size} bytes of JSON; more than {MAX_JSON_BYTES} are not read")
-    return _parse_json(_read_bytes(path, size), path)
+    return _parse_json(_read_bytes(path, size), path, kind)
 
 
-def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
+def _parse_json(data: bytes, path: Path, kind: type = dict) -> Any:
     def unique(pairs):
         result = dict(pairs)
         if len(result) < len(pairs):
@@ -224,8 +224,10 @@ def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
         raise
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {show(str(error), 200)}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}, not an object")
+    if not isinstance(value, kind):
+        raise CheckpointError(
+            f"{path}: holds a JSON {type(value).__name__}, not {'an object' if kind is dict else 'a list'}"
+        )
     return value
 
 

@@ -356,6 +356,16 @@ def test_directories_that_are_none(tmp_path):
             open_checkpoint(tmp_path / name)
 
 
+def test_json_of_another_kind(tmp_path):
+    (tmp_path / "a").write_text("[1]")
+    (tmp_path / "b").write_text("{}")
+    assert read_json(tmp_path / "a", list) == [1] and read_json(tmp_path / "b") == {}
+    with pytest.raises(CheckpointError, match="a: holds a JSON list, not an object"):
+        read_json(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="b: holds a JSON dict, not a list"):
+        read_json(tmp_path / "b", list)
+
+
 def test_an_unreadable_file(tmp_path, monkeypatch):
     directory = write_valid(tmp_path / "c", shards=False)
 
