@@ -1,0 +1,78 @@
+"""A model as a pure function over a nested dict of weights.
+
+``nnx.split`` once, ``nnx.merge`` inside the traced function: nothing of nnx is left at run time, and the dict's paths are
+the module paths (``params["layers"]["0"]["attention"]["query"]["kernel"]``).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxformers import surgery
+from jaxformers.nn.block import Layers, stack, unstack
+from jaxformers.nn.output import Output
+
+Params = dict[str, Any]
+Apply = Callable[..., Output]
+
+
+def functional(model: nnx.Module, *, scan_layers: bool = False, remat: str | None = None) -> tuple[Apply, Params]:
+    """``(apply, params)``: a pure function and its weights, a plain nested dict.
+
+    ``apply(params, batch, *, rngs=None) -> Output``: ``batch`` holds the model's inputs by Hugging Face's names
+    (``input_ids`` (B, L), ``attention_mask`` (B, L) with 1 = real, …); ``rngs`` is a PRNG key that turns dropout on.
+    Use it under jit, grad, vmap and sharding as any function.
+
+    ``scan_layers`` stacks equal layers under the key ``"*"`` (``params["layers"]["*"]``) and runs them by ``lax.scan``.
+    ``remat``: None, ``"full"``, ``"dots"`` or ``"dots_no_batch"``, see :class:`jaxformers.nn.Layers`.
+
+    Raises ValueError when ``scan_layers`` is asked for and layers differ, or for an unknown ``remat``.
+    """
+    model = surgery.copy(model)
+    for _, module in list(nnx.iter_modules(model)):
+        for name, child in list(vars(module).items()):
+            if isinstance(child, Layers):
+                changed = stack(child) if scan_layers else unstack(child)
+                changed.remat = remat
+                setattr(module, name, changed)
+    graph, state = nnx.split(surgery.named(model))
+
+    def apply(params: Params, batch: Mapping[str, Any], *, rngs: jax.Array | None = None) -> Output:
+        return nnx.merge(graph, params)(**batch, rngs=rngs)
+
+    return apply, nnx.to_pure_dict(state)
+
+
+def with_params(model: nnx.Module, params: Params) -> nnx.Module:
+    """A copy of ``model`` with the weights ``params``, stacked or not.
+
+    Raises ValueError when a path or a shape does not fit the model.
+    """
+    stacked = any(isinstance(layers, dict) and "*" in layers for layers in _layer_dicts(params))
+    model = surgery.copy(model)
+    for _, module in list(nnx.iter_modules(model)):
+        for name, child in list(vars(module).items()):
+            if isinstance(child, Layers):
+                setattr(module, name, stack(child) if stacked else unstack(child))
+    graph, state = nnx.split(surgery.named(model))
+    ours, theirs = (jax.tree_util.tree_structure(t) for t in (nnx.to_pure_dict(state), params))
+    if ours != theirs:
+        raise ValueError("params: the tree does not fit this model; they must come from jf.functional of its like")
+    model = surgery.named(nnx.merge(graph, params))
+    for _, module in list(nnx.iter_modules(model)):
+        for name, child in list(vars(module).items()):
+            if isinstance(child, Layers):
+                setattr(module, name, unstack(child))
+    return surgery.named(model)
+
+
+def _layer_dicts(params: Params) -> list[Any]:
+    found = []
+    for key, value in params.items():
+        if key == "layers":
+            found.append(value)
+        elif isinstance(value, dict):
+            found.extend(_layer_dicts(value))
+    return found

@@ -1,0 +1,28 @@
+"""Architectures, one a file: a frozen ``Config``, the modules, and the table of Hugging Face's names.
+
+Each module has ``Config``, ``Model``, ``KEYS`` and ``HEADS`` (parameter paths ↔ checkpoint names), ``PREFIX`` (under
+which a checkpoint with a head keeps the body), ``BASE_CLASS`` and ``IGNORED`` (buffers that carry no weights).
+"""
+
+import importlib
+from types import ModuleType
+
+# model_type of config.json -> module here
+ARCHITECTURES = {
+    "bert": "bert",
+    "camembert": "roberta",
+    "distilbert": "distilbert",
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "mpnet": "mpnet",
+    "opt": "opt",
+    "roberta": "roberta",
+    "xlm-roberta": "roberta",
+}
+
+
+def architecture(model_type: str) -> ModuleType:
+    """The module that implements ``model_type``. Raises ValueError listing the known ones."""
+    if model_type not in ARCHITECTURES:
+        raise ValueError(f"config.json: model_type {model_type!r} is not known; known are {', '.join(ARCHITECTURES)}")
+    return importlib.import_module(f"jaxformers.models.{ARCHITECTURES[model_type]}")

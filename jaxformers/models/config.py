@@ -1,0 +1,78 @@
+"""Reading and writing ``config.json``: one field vocabulary for every architecture, Hugging Face's names in a table."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+C = TypeVar("C")
+LIMITS = {"num_hidden_layers": 2000, "num_attention_heads": 4096, "num_labels": 10_000_000}
+
+
+def from_hf(cls: type[C], hf: Mapping[str, Any], names: Mapping[str, str], **computed: Any) -> C:
+    """Build the frozen config ``cls`` from a ``config.json`` dict.
+
+    ``names`` maps a field to Hugging Face's key where they differ; ``computed`` fields win. The whole dict is kept in
+    the field ``hf`` so that saving loses nothing. Raises ValueError naming the key whose value cannot be.
+    """
+    values: dict[str, Any] = {"hf": json.dumps(dict(hf), sort_keys=True)}
+    for field in dataclasses.fields(cls):
+        key = names.get(field.name, field.name)
+        if field.name == "hf" or hf.get(key) is None:
+            continue
+        values[field.name] = _checked(key, field, hf[key])
+    if any(field.name == "num_labels" for field in dataclasses.fields(cls)):
+        labels = hf.get("id2label")
+        values["num_labels"] = len(labels) if isinstance(labels, dict) and labels else hf.get("num_labels") or 2
+    values.update(computed)
+    required = [f for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
+    if required:
+        missing = ", ".join(names.get(f.name, f.name) for f in required)
+        raise ValueError(f"config.json: {missing} missing")
+    for name, limit in LIMITS.items():
+        if values.get(name, 0) > limit:
+            raise ValueError(f"config.json: {names.get(name, name)} = {values[name]} is beyond reason (limit {limit})")
+    return cls(**values)
+
+
+def _checked(key: str, field: dataclasses.Field, value: Any) -> Any:
+    kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+    if "int" in str(kind) and "tuple" not in str(kind):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or value < 0 or value > 2**40:
+            raise ValueError(f"config.json: {key} must be a whole number of 0 or more, got {value!r}")
+    elif str(kind).startswith("float"):
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError(f"config.json: {key} must be a number, got {value!r}")
+        return float(value)
+    elif str(kind).startswith("bool") and not isinstance(value, bool):
+        raise ValueError(f"config.json: {key} must be true or false, got {value!r}")
+    elif str(kind).startswith("str") and not isinstance(value, str):
+        raise ValueError(f"config.json: {key} must be text, got {value!r}")
+    return value
+
+
+def to_hf(config: Any, names: Mapping[str, str], model_type: str, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The ``config.json`` dict of ``config``: what was read, with the fields that have since changed."""
+    hf = json.loads(config.hf)
+    hf["model_type"] = model_type
+    for field in dataclasses.fields(config):
+        if field.name not in ("hf", "num_labels", *skip):
+            key = names.get(field.name, field.name)
+            value = getattr(config, field.name)
+            if value is not None or key in hf:
+                hf[key] = value
+    labels = getattr(config, "num_labels", None)
+    if labels is not None and len(hf.get("id2label") or {}) != labels and (labels != 2 or "id2label" in hf):
+        hf["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
+        hf["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
+    return hf
+
+
+def replace(config: C, overrides: Mapping[str, Any]) -> C:
+    """``dataclasses.replace`` with a ValueError that lists the fields when one is unknown."""
+    known = [f.name for f in dataclasses.fields(config) if f.name != "hf"]
+    for name in overrides:
+        if name not in known:
+            raise ValueError(f"{name}: {type(config).__name__} has no such field; it has {', '.join(known)}")
+    return dataclasses.replace(config, **overrides)

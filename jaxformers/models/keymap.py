@@ -1,0 +1,51 @@
+"""How a parameter's path translates into the names of a Hugging Face checkpoint: data, one table per architecture.
+
+A table maps module paths (``{}`` = layer number) to Hugging Face's module names. Leaf names follow from the leaf:
+``kernel`` ↔ ``weight`` transposed, ``scale`` and ``embedding`` ↔ ``weight``, ``bias`` ↔ ``bias``. An entry may also name
+a single parameter (``head.bias``). Two things need more than a name, see :class:`HF`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+
+
+@dataclasses.dataclass(frozen=True)
+class HF:
+    """A module of the checkpoint. ``conv1d``: its weight is stored (in, out), as GPT-2's Conv1D does. ``part`` (i, n):
+    our module is the i-th of n equal slices of its outputs (a fused query/key/value projection)."""
+
+    name: str
+    conv1d: bool = False
+    part: tuple[int, int] = (0, 1)
+
+
+Keys = Mapping[str, "str | HF"]
+
+
+def lookup(keys: Keys, path: str) -> tuple[HF, str] | None:
+    """``(module of the checkpoint, leaf name there)`` of the parameter at ``path``; None when the table lacks it."""
+    numbers = [part for part in path.split(".") if part.isdigit()]
+    general = ".".join("{}" if part.isdigit() else part for part in path.split("."))
+    module, _, leaf = general.rpartition(".")
+    if general in keys:
+        entry = keys[general]
+        name, _, leaf_name = (entry if isinstance(entry, str) else entry.name).rpartition(".")
+        return HF(name.format(*numbers)), leaf_name
+    if module in keys and leaf in LEAVES:
+        entry = keys[module]
+        entry = HF(entry) if isinstance(entry, str) else entry
+        return dataclasses.replace(entry, name=entry.name.format(*numbers)), LEAVES[leaf]
+    return None
+
+
+def expected(keys: Keys, names: Iterable[str]) -> set[str]:
+    """Those of the checkpoint's tensor ``names`` that the table knows, whether or not this model uses them."""
+    patterns = []
+    for entry in keys.values():
+        name = entry if isinstance(entry, str) else entry.name
+        patterns.append(re.escape(name).replace(r"\{\}", r"\d+") + r"(\.weight|\.bias)?")
+    regex = re.compile("|".join(patterns)) if patterns else None
+    return {name for name in names if regex is not None and regex.fullmatch(name)}

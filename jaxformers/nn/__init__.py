@@ -1,0 +1,30 @@
+"""Building blocks that every architecture shares."""
+
+from jaxformers.nn.attention import Attention, Mask, attend, causal_mask
+from jaxformers.nn.block import Block, Layers
+from jaxformers.nn.cache import Cache, KeyValue, advance, new_cache
+from jaxformers.nn.dropout import dropout, split
+from jaxformers.nn.embeddings import Embeddings, check_length, padded_positions
+from jaxformers.nn.heads import (
+    CausalLMHead,
+    ClassificationHead,
+    MaskedLMHead,
+    SentenceHead,
+    decoder_output,
+    encoder_output,
+    new_sentence_head,
+)
+from jaxformers.nn.linear import Embed, Linear
+from jaxformers.nn.mlp import MLP, activation
+from jaxformers.nn.norms import LayerNorm, RMSNorm
+from jaxformers.nn.output import Output
+from jaxformers.nn.pooling import normalize, pool
+from jaxformers.nn.positions import Rotary, relative_buckets, rotary_from_hf, rotary_table, rotate
+
+__all__ = [
+    "Attention", "Block", "Cache", "CausalLMHead", "ClassificationHead", "Embed", "Embeddings", "KeyValue", "LayerNorm",
+    "Layers", "Linear", "MLP", "Mask", "MaskedLMHead", "Output", "RMSNorm", "Rotary", "SentenceHead", "activation",
+    "advance", "attend", "causal_mask", "check_length", "decoder_output", "dropout", "encoder_output", "new_cache",
+    "new_sentence_head", "normalize", "padded_positions", "pool", "relative_buckets", "rotary_from_hf", "rotary_table",
+    "rotate", "split",
+]  # fmt: skip

@@ -1,0 +1,185 @@
+"""Multi-head attention: bidirectional, causal, prefix or cross; MHA, GQA or MQA; cached or not.
+
+    context = softmax(Q Kᵀ · scale + bias, masked) V                            (arXiv 1706.03762, equation 1)
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxformers.nn.cache import Cache, KeyValue, extend
+from jaxformers.nn.dropout import dropout, split
+from jaxformers.nn.linear import Linear
+from jaxformers.nn.positions import rotate
+from jaxformers.sites import site, wanted
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Which key a query may see, kept as rules so that a kernel need not read a dense matrix.
+
+    ``valid`` (B, S): real keys (None = all). ``causal``: key slot ≤ query slot. ``window``: also query slot − key
+    slot < window. ``prefix`` (B,): keys before it are visible whatever ``causal`` says (prefix language models).
+    ``segments`` (B, L): packed documents see only themselves (no cache). ``start``: slot of the first query.
+    """
+
+    valid: Bool[Array, "batch keys"] | None = None
+    prefix: Int[Array, "batch"] | None = None
+    segments: Int[Array, "batch length"] | None = None
+    start: Int[Array, ""] | int = 0
+    causal: bool = dataclasses.field(metadata={"static": True}, default=False)
+    window: int | None = dataclasses.field(metadata={"static": True}, default=None)
+
+    def dense(self, queries: int, keys: int) -> Bool[Array, "batch 1 queries keys"] | None:
+        """The rules as a boolean matrix, (1 or B, 1, queries, keys), or None when everything is visible."""
+        allowed = None
+        if self.causal:
+            q = (jnp.arange(queries) + self.start)[:, None]
+            k = jnp.arange(keys)[None, :]
+            allowed = (k <= q)[None, None]
+            if self.prefix is not None:
+                allowed = allowed | (k[None, None] < self.prefix[:, None, None, None])
+            if self.window is not None:
+                allowed = allowed & (q - k < self.window)[None, None]
+        if self.segments is not None:
+            same = (self.segments[:, None, :, None] == self.segments[:, None, None, :])
+            allowed = same if allowed is None else allowed & same
+        if self.valid is not None:
+            valid = self.valid[:, None, None, :].astype(bool)
+            allowed = valid if allowed is None else allowed & valid
+        return allowed
+
+
+def causal_mask(
+    batch: int,
+    length: int,
+    attention_mask: Int[Array, "batch length"] | None,
+    cache: Cache | None,
+    *,
+    window: int | None = None,
+) -> tuple[Mask, Int[Array, "1 length"], Cache | None]:
+    """A decoder's mask, the default positions of its ``length`` new tokens, and the cache with them marked."""
+    slots = jnp.arange(length)[None]
+    if cache is None:
+        return Mask(valid=attention_mask, causal=True, window=window), slots, None
+    if cache.valid.shape[0] != batch:
+        raise ValueError(f"cache: made for {cache.valid.shape[0]} sequences, the batch has {batch}")
+    cache = extend(cache, attention_mask, length)
+    mask = Mask(valid=cache.valid, start=cache.used, causal=True, window=window)
+    return mask, slots + cache.used, cache
+
+
+def attend(
+    q: Float[Array, "batch queries heads size"],
+    k: Float[Array, "batch keys kv_heads size"],
+    v: Float[Array, "batch keys kv_heads size"],
+    *,
+    mask: Mask | None = None,
+    bias: Float[Array, "#batch heads queries keys"] | None = None,
+    scale: float | None = None,
+    path: str = "",
+    rate: float = 0.0,
+    key: jax.Array | None = None,
+) -> Float[Array, "batch queries heads size"]:
+    """Attention of one layer, before the output projection.
+
+    Heads must be a multiple of kv_heads. Scores and softmax are float32. The fused path is taken unless somebody asked
+    for the sites ``<path>.scores`` or ``<path>.probs``, or dropout acts on the probabilities. A query that sees no key
+    gets the mean of all values (its output is not meaningful, but finite).
+    """
+    batch, queries, heads, size = q.shape
+    keys, kv_heads = k.shape[1], k.shape[2]
+    scale = size**-0.5 if scale is None else scale
+    allowed = None if mask is None else mask.dense(queries, keys)
+    observed = wanted(f"{path}.scores") or wanted(f"{path}.probs")
+    if not observed and (key is None or rate == 0.0):
+        return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=allowed, scale=scale)
+    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, size)
+    scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, heads, queries, keys) * scale
+    if bias is not None:
+        scores = scores + bias.astype(jnp.float32)
+    scores = site(f"{path}.scores", scores)
+    if allowed is not None:
+        scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
+    probs = site(f"{path}.probs", jax.nn.softmax(scores, axis=-1))
+    probs = dropout(probs, rate, key).astype(v.dtype)
+    grouped_probs = probs.reshape(batch, kv_heads, heads // kv_heads, queries, keys)
+    return jnp.einsum("bhgqk,bkhd->bqhgd", grouped_probs, v).reshape(batch, queries, heads, v.shape[-1])
+
+
+class Attention(nnx.Module):
+    """Projections ``query``, ``key``, ``value``, ``out`` around :func:`attend`.
+
+    Sites: ``scores`` (B, H, queries, keys) scaled, with bias, before the mask; ``probs``; ``context`` (B, L, H, size)
+    before the output projection.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        head_size: int | None = None,
+        bias: bool = True,
+        out_bias: bool | None = None,
+        scale: float | None = None,
+        rate: float = 0.0,
+        interleaved: bool = False,
+        memory_width: int | None = None,
+        std: float = 0.02,
+        rngs: nnx.Rngs,
+    ):
+        kv_heads = heads if kv_heads is None else kv_heads
+        if head_size is None and width % heads:
+            raise ValueError(f"attention: width {width} is not divisible by {heads} heads")
+        if heads % kv_heads:
+            raise ValueError(f"attention: {heads} heads are not divisible by {kv_heads} key/value heads")
+        self.path = ""
+        self.heads, self.kv_heads, self.size = heads, kv_heads, head_size or width // heads
+        self.scale, self.rate, self.interleaved = scale, rate, interleaved
+        source = width if memory_width is None else memory_width
+        self.query = Linear(width, heads * self.size, bias=bias, std=std, rngs=rngs)
+        self.key = Linear(source, kv_heads * self.size, bias=bias, std=std, rngs=rngs)
+        self.value = Linear(source, kv_heads * self.size, bias=bias, std=std, rngs=rngs)
+        out_bias = bias if out_bias is None else out_bias
+        self.out = Linear(heads * self.size, width, bias=out_bias, std=std, rngs=rngs)
+
+    def empty_cache(self, batch: int, slots: int, dtype: jnp.dtype) -> KeyValue:
+        """Storage for ``slots`` keys and values."""
+        zeros = jnp.zeros((batch, slots, self.kv_heads, self.size), dtype)
+        return KeyValue(zeros, zeros)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length width"],
+        *,
+        mask: Mask | None = None,
+        bias: jax.Array | None = None,
+        rotary: tuple[jax.Array, jax.Array] | None = None,
+        cache: KeyValue | None = None,
+        memory: Float[Array, "batch keys memory_width"] | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "batch length width"], KeyValue | None]:
+        """Attend from ``x`` to itself, to ``cache`` (after writing to it at slot ``mask.start``), or to ``memory``."""
+        batch, length, _ = x.shape
+        source = x if memory is None else memory
+        q = self.query(x).reshape(batch, length, self.heads, self.size)
+        k = self.key(source).reshape(batch, source.shape[1], self.kv_heads, self.size)
+        v = self.value(source).reshape(batch, source.shape[1], self.kv_heads, self.size)
+        if rotary is not None:
+            q, k = rotate(q, rotary, self.interleaved), rotate(k, rotary, self.interleaved)
+        if cache is not None:
+            cache = cache.write(k, v, mask.start)
+            k, v = cache.key.astype(q.dtype), cache.value.astype(q.dtype)
+        (drop,) = split(key, 1)
+        context = attend(
+            q, k, v, mask=mask, bias=bias, scale=self.scale, path=self.path, rate=self.rate, key=drop
+        )
+        context = site(f"{self.path}.context", context)
+        return self.out(context.reshape(batch, length, self.heads * self.size)), cache

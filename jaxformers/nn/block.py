@@ -1,0 +1,194 @@
+"""The transformer block, and the stack of blocks that runs as a loop or as a scan."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxformers import sites
+from jaxformers.nn.attention import Mask
+from jaxformers.nn.dropout import dropout, split
+from jaxformers.sites import site
+
+
+class Block(nnx.Module):
+    """Attention and MLP with residual connections; sites ``input`` and ``output``.
+
+    ``prenorm`` (GPT-2, llama): ``x + f(norm(x))``; otherwise (BERT): ``norm(x + f(x))``.
+    """
+
+    def __init__(
+        self,
+        attention: nnx.Module,
+        mlp: nnx.Module,
+        attention_norm: nnx.Module,
+        mlp_norm: nnx.Module,
+        *,
+        prenorm: bool,
+        rate: float = 0.0,
+    ):
+        self.path = ""
+        self.prenorm, self.rate = prenorm, rate
+        self.attention, self.attention_norm = attention, attention_norm
+        self.mlp, self.mlp_norm = mlp, mlp_norm
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length width"],
+        *,
+        mask: Mask | None = None,
+        bias: jax.Array | None = None,
+        rotary: tuple[jax.Array, jax.Array] | None = None,
+        cache: Any = None,
+        key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "batch length width"], Any]:
+        x = site(f"{self.path}.input", x)
+        attention_key, drop1, drop2 = split(key, 3)
+        h = self.attention_norm(x) if self.prenorm else x
+        h, cache = self.attention(h, mask=mask, bias=bias, rotary=rotary, cache=cache, key=attention_key)
+        x = x + dropout(h, self.rate, drop1)
+        x = x if self.prenorm else self.attention_norm(x)
+        h = self.mlp(self.mlp_norm(x) if self.prenorm else x)
+        x = x + dropout(h, self.rate, drop2)
+        x = x if self.prenorm else self.mlp_norm(x)
+        return site(f"{self.path}.output", x), cache
+
+
+REMAT = {
+    "full": None,
+    "dots": jax.checkpoint_policies.checkpoint_dots,
+    "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+
+
+class Layers(nnx.Module):
+    """Blocks under the names "0", "1", …; or one block under "*" whose arrays carry a leading layer axis.
+
+    The first form runs as a Python loop (surgery may make layers differ), the second, made by :func:`stack`, under
+    ``lax.scan``: compile time no longer grows with depth. ``remat`` recomputes activations in the backward pass:
+    ``"full"``, ``"dots"`` (keeps matmul results) or ``"dots_no_batch"``. Each layer gets its own dropout key, the same
+    in both forms, and its own entry of ``cache``.
+    """
+
+    def __init__(self, blocks: list[nnx.Module]):
+        self.path = ""
+        self.remat: str | None = None
+        self.depth = len(blocks)
+        for i, block in enumerate(blocks):
+            setattr(self, str(i), block)
+
+    @property
+    def stacked(self) -> bool:
+        return hasattr(self, "*")
+
+    def __len__(self) -> int:
+        return self.depth
+
+    def __getitem__(self, i: int) -> Any:
+        if self.stacked:
+            raise ValueError("layers are stacked for a scan; take them apart with jf.functional(…, scan_layers=False)")
+        return getattr(self, str(range(self.depth)[i]))
+
+    def __setitem__(self, i: int, block: nnx.Module) -> None:
+        setattr(self, str(range(self.depth)[i]), block)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(self.depth))
+
+    def empty_cache(self, batch: int, slots: int, dtype: jnp.dtype) -> dict[str, Any]:
+        """Empty storage for each layer's attention, stacked when the layers are."""
+        if not self.stacked:
+            return {str(i): block.attention.empty_cache(batch, slots, dtype) for i, block in enumerate(self)}
+        one = getattr(self, "*").attention.empty_cache(batch, slots, dtype)
+        return {"*": jax.tree.map(lambda a: jnp.broadcast_to(a, (self.depth, *a.shape)), one)}
+
+    def __call__(
+        self, x: Array, *, cache: dict[str, Any] | None = None, key: jax.Array | None = None, **context: Any
+    ) -> tuple[Array, dict[str, Any] | None]:
+        """Run all blocks; ``context`` goes to each of them. Returns the last output and the new cache."""
+        if self.remat is not None and self.remat not in REMAT:
+            raise ValueError(f"remat: expected None or one of {', '.join(REMAT)}, got {self.remat!r}")
+        return (self._scan if self.stacked else self._loop)(x, cache, key, context)
+
+    def _checkpoint(self, body: Any) -> Any:
+        return body if self.remat is None else jax.checkpoint(body, policy=REMAT[self.remat])
+
+    def _loop(self, x: Array, cache: Any, key: Any, context: dict[str, Any]) -> tuple[Array, Any]:
+        new = {}
+        for i, block in enumerate(self):
+            name = f"{self.path}.{i}"
+            own_cache = None if cache is None else cache[str(i)]
+            own_key = None if key is None else jax.random.fold_in(key, i)
+            if self.remat is None:
+                x, new[str(i)] = block(x, cache=own_cache, key=own_key, **context)
+                continue
+            graph, arrays = nnx.split(block)
+
+            def body(arrays: Any, x: Array, c: Any, k: Any, context: Any, graph: Any = graph) -> Any:
+                return nnx.merge(graph, arrays)(x, cache=c, key=k, **context)
+
+            body, deliver = sites.looping(body, name, (name,))
+            (x, new[str(i)]), parked = self._checkpoint(body)(None, arrays, x, own_cache, own_key, context)
+            deliver(parked)
+        return x, None if cache is None else new
+
+    def _scan(self, x: Array, cache: Any, key: Any, context: dict[str, Any]) -> tuple[Array, Any]:
+        graph, arrays = nnx.split(getattr(self, "*"))
+        prefix = f"{self.path}.*"
+        names = tuple(f"{self.path}.{i}" for i in range(self.depth))
+        body, deliver = sites.looping(
+            lambda arrays, x, c, k: nnx.merge(graph, arrays)(x, cache=c, key=k, **context), prefix, names
+        )
+        body = self._checkpoint(body)
+
+        def step(x: Array, per_layer: Any) -> Any:
+            i, arrays, own_cache = per_layer
+            own_key = None if key is None else jax.random.fold_in(key, i)
+            (x, own_cache), parked = body(i, arrays, x, own_cache, own_key)
+            return x, (own_cache, parked)
+
+        own = None if cache is None else cache["*"]
+        x, (own, parked) = jax.lax.scan(step, x, (jnp.arange(self.depth), arrays, own))
+        deliver(parked)
+        return x, None if cache is None else {"*": own}
+
+
+def stack(layers: Layers) -> Layers:
+    """Equal blocks as one block with a leading layer axis, for ``lax.scan``.
+
+    Raises ValueError naming the first block that differs in structure or shape from block 0.
+    """
+    if layers.stacked:
+        return layers
+    graphs, states = zip(*(nnx.split(block) for block in _nameless(layers)), strict=True)
+    first = jax.tree.map(lambda a: (a.shape, a.dtype), states[0])
+    for i, (graph, state) in enumerate(zip(graphs, states, strict=True)):
+        if graph != graphs[0] or jax.tree.map(lambda a: (a.shape, a.dtype), state) != first:
+            raise ValueError(f"scan_layers: layer {i} differs from layer 0; layers of different shape run as a loop")
+    stacked = Layers([])
+    stacked.depth, stacked.remat = layers.depth, layers.remat
+    setattr(stacked, "*", nnx.merge(graphs[0], jax.tree.map(lambda *a: jnp.stack(a), *states)))
+    return stacked
+
+
+def unstack(layers: Layers) -> Layers:
+    """The inverse of :func:`stack`."""
+    if not layers.stacked:
+        return layers
+    graph, state = nnx.split(getattr(layers, "*"))
+    blocks = [nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], state)) for i in range(layers.depth)]
+    apart = Layers(blocks)
+    apart.remat = layers.remat
+    return apart
+
+
+def _nameless(layers: Layers) -> list[nnx.Module]:
+    blocks = [nnx.clone(block) for block in layers]
+    for block in blocks:
+        for _, module in nnx.iter_modules(block):
+            if hasattr(module, "path"):
+                module.path = ""
+    return blocks

@@ -1,0 +1,60 @@
+"""The key/value cache of a decoder: static shapes, so that every decoding step runs the same compiled code."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyValue:
+    """One layer's keys and values by slot: (B, S, kv heads, head size)."""
+
+    key: Float[Array, "batch slots heads size"]
+    value: Float[Array, "batch slots heads size"]
+
+    def write(self, key: jax.Array, value: jax.Array, start: jax.Array) -> "KeyValue":
+        """Put L new keys and values at slots ``start … start + L − 1``."""
+        at = (0, start, 0, 0)
+        return KeyValue(
+            jax.lax.dynamic_update_slice(self.key, key.astype(self.key.dtype), at),
+            jax.lax.dynamic_update_slice(self.value, value.astype(self.value.dtype), at),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """``layers`` {layer name: KeyValue}, ``used`` the slots filled so far, ``valid`` which slots hold real tokens."""
+
+    layers: dict[str, Any]
+    used: Int[Array, ""]
+    valid: Bool[Array, "batch slots"]
+
+    @property
+    def slots(self) -> int:
+        return self.valid.shape[1]
+
+
+def new_cache(layers: dict[str, Any], batch: int, slots: int) -> Cache:
+    """An empty cache around each layer's empty storage."""
+    return Cache(layers, jnp.zeros((), jnp.int32), jnp.zeros((batch, slots), bool))
+
+
+def extend(cache: Cache, attention_mask: jax.Array | None, length: int) -> Cache:
+    """Mark ``length`` new slots as real (or as ``attention_mask`` (B, length) says); ``used`` does not move yet.
+
+    Raises ValueError when the cache is known to be full (outside of jit, where its fill is a number).
+    """
+    if not isinstance(cache.used, jax.core.Tracer) and int(cache.used) + length > cache.slots:
+        raise ValueError(f"cache: {int(cache.used)} of {cache.slots} slots are used, {length} more do not fit")
+    new = jnp.ones((cache.valid.shape[0], length), bool) if attention_mask is None else attention_mask.astype(bool)
+    return dataclasses.replace(cache, valid=jax.lax.dynamic_update_slice(cache.valid, new, (0, cache.used)))
+
+
+def advance(cache: Cache | None, layers: dict[str, Any] | None, length: int) -> Cache | None:
+    """The cache after a pass over ``length`` tokens that left ``layers`` behind."""
+    return None if cache is None else dataclasses.replace(cache, layers=layers, used=cache.used + length)

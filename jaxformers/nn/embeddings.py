@@ -1,0 +1,78 @@
+"""Input embeddings: token + position + token type, normalised and dropped out where the architecture does."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxformers.nn.dropout import dropout
+from jaxformers.nn.linear import Embed, Linear
+from jaxformers.nn.norms import LayerNorm
+from jaxformers.sites import site
+
+
+class Embeddings(nnx.Module):
+    """Sum of the tables ``token``, ``position`` and ``token_type`` (each but the first optional), then ``norm``.
+
+    Where ``token_width`` differs from ``width`` the token rows pass through ``project`` first (OPT-350M).
+
+    Site ``embeddings``: the result (B, L, D).
+    """
+
+    def __init__(
+        self,
+        vocab: int,
+        width: int,
+        *,
+        positions: int = 0,
+        token_types: int = 0,
+        token_width: int | None = None,
+        eps: float | None = None,
+        rate: float = 0.0,
+        std: float = 0.02,
+        rngs: nnx.Rngs,
+    ):
+        self.path = ""
+        self.rate = rate
+        narrow = width if token_width is None else token_width
+        self.token = Embed(vocab, narrow, std=std, rngs=rngs)
+        self.project = None if narrow == width else Linear(narrow, width, bias=False, std=std, rngs=rngs)
+        self.position = Embed(positions, width, std=std, rngs=rngs) if positions else None
+        self.token_type = Embed(token_types, width, std=std, rngs=rngs) if token_types else None
+        self.norm = None if eps is None else LayerNorm(width, eps=eps)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch length"] | None,
+        *,
+        position_ids: Int[Array, "#batch length"] | None = None,
+        token_type_ids: Int[Array, "batch length"] | None = None,
+        inputs_embeds: Float[Array, "batch length width"] | None = None,
+        key: jax.Array | None = None,
+    ) -> Float[Array, "batch length width"]:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: give exactly one of the two")
+        x = self.token(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.project is not None:
+            x = self.project(x)
+        if self.token_type is not None:
+            x = x + (self.token_type.embedding.get_value()[0] if token_type_ids is None else self.token_type(token_type_ids))
+        if self.position is not None:
+            x = x + self.position(position_ids)
+        if self.norm is not None:
+            x = self.norm(x)
+        return site(self.path, dropout(x, self.rate, key))
+
+
+def check_length(length: int, positions: int) -> None:
+    """Raise ValueError when an input is longer than the position table."""
+    if length > positions:
+        raise ValueError(f"input_ids: length {length} exceeds the {positions} positions of this model; truncate it")
+
+
+def padded_positions(
+    input_ids: Int[Array, "batch length"], pad_id: int
+) -> Int[Array, "batch length"]:
+    """RoBERTa's positions: real tokens count from ``pad_id + 1``, padding stays at ``pad_id``."""
+    real = (input_ids != pad_id).astype(jnp.int32)
+    return jnp.cumsum(real, axis=1) * real + pad_id

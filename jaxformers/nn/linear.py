@@ -1,0 +1,40 @@
+"""Linear maps and embedding tables: where parameters are, and where their sites are."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxformers import weights
+from jaxformers.sites import site
+
+
+class Linear(nnx.Module):
+    """``y = x W + b`` with ``kernel`` W (in, out), an array or a typed weight. Sites: ``input``, ``output``."""
+
+    def __init__(self, d_in: int, d_out: int, *, bias: bool = True, std: float = 0.02, rngs: nnx.Rngs):
+        self.path = ""
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (d_in, d_out)))
+        self.bias = nnx.Param(jnp.zeros(d_out)) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        x = site(f"{self.path}.input", x)
+        y = weights.matmul(x, self.kernel.get_value())
+        if self.bias is not None:
+            y = y + self.bias.get_value().astype(y.dtype)
+        return site(f"{self.path}.output", y)
+
+
+class Embed(nnx.Module):
+    """A table ``embedding`` (rows, width) that is looked up, and whose transpose may serve as output projection."""
+
+    def __init__(self, rows: int, width: int, *, std: float = 0.02, rngs: nnx.Rngs):
+        self.path = ""
+        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (rows, width)))
+
+    def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
+        return jnp.take(self.embedding.get_value(), ids, axis=0, mode="clip")
+
+    def attend(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch rows"]:
+        """Scores of every row, ``x Eᵀ``: tied input and output embeddings."""
+        return x @ self.embedding.get_value().astype(x.dtype).T

@@ -1,0 +1,65 @@
+"""Feed-forward networks and activation functions under Hugging Face's names."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxformers.nn.linear import Linear
+from jaxformers.sites import site
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_fast": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "mish": jax.nn.mish,
+    "linear": lambda x: x,
+}
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The activation function of that Hugging Face name. Raises ValueError for an unknown one."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is unknown; there are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class MLP(nnx.Module):
+    """``down(act(up(x)))``, or with a gate ``down(act(gate(x)) · up(x))`` (GLU variants, arXiv 2002.05202).
+
+    Site ``hidden`` (…, mlp width) is what enters ``down``.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        act: str,
+        gated: bool = False,
+        bias: bool = True,
+        std: float = 0.02,
+        rngs: nnx.Rngs,
+    ):
+        self.path = ""
+        self.act = act
+        self.gate = Linear(width, hidden, bias=bias, std=std, rngs=rngs) if gated else None
+        self.up = Linear(width, hidden, bias=bias, std=std, rngs=rngs)
+        self.down = Linear(hidden, width, bias=bias, std=std, rngs=rngs)
+        activation(act)
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        act = activation(self.act)
+        hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
+        return self.down(site(f"{self.path}.hidden", hidden))

@@ -1,0 +1,25 @@
+"""Typed weights: what may stand where a kernel array stood, and the one ``matmul`` that every linear layer uses.
+
+A typed weight is a registered pytree with ``shape`` (in, out), ``dtype``, ``matmul(x)``, ``dense()``, and
+``to_tensors()`` / ``from_tensors(read)`` for checkpoints. They nest: :class:`LowRank` over :class:`PackedWeight` is
+QLoRA.
+"""
+
+from jaxformers.weights.base import Weight, dense, from_tensors, is_typed, matmul, to_tensors
+from jaxformers.weights.lowrank import LowRank, add_lora, merge_lora
+from jaxformers.weights.masked import Masked
+from jaxformers.weights.packed import PackedWeight
+
+__all__ = [
+    "LowRank",
+    "Masked",
+    "PackedWeight",
+    "Weight",
+    "add_lora",
+    "dense",
+    "from_tensors",
+    "is_typed",
+    "matmul",
+    "merge_lora",
+    "to_tensors",
+]

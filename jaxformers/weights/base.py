@@ -1,0 +1,60 @@
+"""The protocol of typed weights and the functions that dispatch on it. See :mod:`jaxformers.weights`."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Read = Callable[[str], np.ndarray]  # suffix of a checkpoint tensor under the layer's name -> its array
+
+
+@runtime_checkable
+class Weight(Protocol):
+    """What stands where a kernel array stood; a registered pytree."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(in, out), the logical shape."""
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of ``dense()``."""
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """(…, in) -> (…, out), in the dtype of ``x``."""
+
+    def dense(self) -> jax.Array:
+        """The (in, out) array that the weight stands for."""
+
+    def to_tensors(self) -> dict[str, np.ndarray]:
+        """{suffix: array} as it stands in a Hugging Face style checkpoint under the layer's name."""
+
+    def from_tensors(self, read: Read) -> "Weight":
+        """The same kind of weight with its arrays read from a checkpoint; ``self`` may be abstract."""
+
+
+def is_typed(w: Any) -> bool:
+    """True for a typed weight, False for an array (or the shape of one)."""
+    return hasattr(w, "to_tensors") and hasattr(w, "matmul")
+
+
+def matmul(x: jax.Array, w: Any) -> jax.Array:
+    """``x (…, in) @ w (in, out) -> (…, out)`` in the dtype of ``x``, for an array or a typed weight."""
+    return w.matmul(x) if is_typed(w) else x @ w.astype(x.dtype)
+
+
+def dense(w: Any) -> jax.Array:
+    """The plain (in, out) array that ``w`` stands for."""
+    return w.dense() if is_typed(w) else jnp.asarray(w)
+
+
+def to_tensors(w: Any) -> dict[str, np.ndarray]:
+    """Checkpoint tensors of a kernel: a plain (in, out) array is PyTorch's ``weight`` (out, in)."""
+    return w.to_tensors() if is_typed(w) else {"weight": np.asarray(w).T}
+
+
+def from_tensors(w: Any, read: Read) -> Any:
+    """The inverse of :func:`to_tensors`; ``w`` tells the kind and may be abstract."""
+    return w.from_tensors(read) if is_typed(w) else read("weight").T
