@@ -1,0 +1,179 @@
+"""What the experiments share: presets on the command line, the run directory, tables, figures, where data lie.
+
+    PRESETS = {"smoke": Config(steps=3), "small": Config(), "paper": Config(layers=24)}
+
+    def run(config: Config, out: Path) -> dict: ...   # returns what belongs into result.json
+
+    if __name__ == "__main__":
+        common.main("gptq", PRESETS, run)
+
+`python -m experiments.gptq smoke --steps 5`, in the repository, starts from the preset `smoke`; without a name it is
+`small`.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from jaxformers.atomic import write_json_atomic
+from jaxformers.compilation import enable_cache
+from jaxformers.extras import require
+
+Config = TypeVar("Config")
+ROOT = Path(__file__).resolve().parent.parent
+_ABOUT = {
+    "smoke": "seconds; shows that everything runs",
+    "small": "minutes on two CPU cores, on real data (the default)",
+    "paper": "the paper's configuration",
+}
+
+
+def parse(presets: Mapping[str, Config], argv: Sequence[str] | None = None, *, about: str = "") -> tuple[str, Config]:
+    """(preset, config) from the command line: a preset's name, then options that change single fields.
+
+    Presets are frozen dataclasses of one type. Exits with code 2 and one line for options that do not fit.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or (argv[0] not in presets and argv[0] not in ("-h", "--help")):
+        argv.insert(0, "small")
+    chosen = argv[0] if argv[0] in presets else None
+    try:
+        config = tyro.extras.overridable_config_cli(
+            {name: (_ABOUT.get(name, ""), config) for name, config in presets.items()}, args=argv, description=about
+        )
+    except ValueError as error:  # a config that checks itself
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return chosen, config
+
+
+def main(
+    system: str,
+    presets: Mapping[str, Config],
+    run: Callable[[Config, Path], Mapping[str, Any]],
+    argv: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Parse, make `runs/<system>/<time>/`, write `config.json`, run, write `result.json`; returns the result.
+
+    ``run(config, directory)`` returns a dict of plain values. Its ValueErrors (bad input) become one line and exit
+    code 2.
+    """
+    about = (sys.modules["__main__"].__doc__ or "").strip().split("\n\n")[0]
+    preset, config = parse(presets, argv, about=about)
+    enable_cache()
+    out = run_directory(system)
+    write_json_atomic(out / "config.json", {"system": system, "preset": preset, **plain(dataclasses.asdict(config))})
+    began = time.perf_counter()
+    try:
+        result = dict(run(config, out))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    result["seconds"] = round(time.perf_counter() - began, 1)
+    write_json_atomic(out / "result.json", plain(result))
+    Console().print(f"everything is in {out}", highlight=False)
+    return result
+
+
+def run_directory(system: str, base: str | Path | None = None) -> Path:
+    """A new directory `runs/<system>/<YYYYmmdd-HHMMSS>/` under ``base`` (default: the repository)."""
+    parent = Path(base or ROOT) / "runs" / system
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{i}" for i in range(1, 1000))):
+        path = parent / (stamp + suffix)
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+    raise ValueError(f"{parent}: a thousand runs in one second")
+
+
+def shared_data(name: str, given: str | Path | None = None) -> Path | None:
+    """Where the data set ``name`` lies: ``given`` (an option of the experiment), else `../shared/data/<name>` beside
+    the repository, else None. Raises ValueError when ``given`` is not there."""
+    if given is not None:
+        if not Path(given).exists():
+            raise ValueError(f"data: {given} does not exist")
+        return Path(given)
+    path = ROOT.parent / "shared" / "data" / name
+    return path if path.exists() else None
+
+
+def table(title: str, rows: Iterable[Mapping[str, Any]], *, columns: Sequence[str] | None = None) -> None:
+    """Print rows ({column: value}) as one table; numbers to four significant digits, missing values as a dash."""
+    rows = list(rows)
+    columns = list(columns or dict.fromkeys(k for row in rows for k in row))
+    shown = Table(title=title, title_justify="left")
+    numeric = {c: all(isinstance(r.get(c), int | float | np.number | None) for r in rows) for c in columns}
+    for c in columns:
+        shown.add_column(c, justify="right" if numeric[c] else "left", no_wrap=True)
+    for row in rows:
+        shown.add_row(*(_cell(row.get(c)) for c in columns))
+    console = Console()
+    # a file or a pipe has no width: give the table what it needs
+    (console if console.is_terminal else Console(width=200)).print(shown)
+
+
+def mean_std(values: Iterable[float]) -> str:
+    """``mean ± standard deviation`` (of the sample) over seeds, as text."""
+    x = np.asarray(list(values), np.float64)
+    if not x.size:
+        return "–"
+    return f"{_cell(x.mean())} ± {_cell(x.std(ddof=1))}" if x.size > 1 else _cell(float(x[0]))
+
+
+def figure(path: str | Path, draw: Callable[[Any], None], *, size: tuple[float, float] = (6.4, 4.0)) -> Path:
+    """Draw into one matplotlib figure and save it: ``draw(fig)``. Needs the extra `plot`; makes no window."""
+    require("matplotlib", extra="plot")
+    from matplotlib.figure import Figure  # without pyplot there is no global state and no display
+
+    fig = Figure(figsize=size, layout="constrained")
+    draw(fig)
+    fig.savefig(path, dpi=150)
+    return Path(path)
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: numpy and JAX scalars, arrays, paths, dataclasses; NaN and infinity as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(v) for v in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    array = np.asarray(value)
+    if array.ndim:
+        return plain(array.tolist())
+    item = array.item()
+    if isinstance(item, float):
+        return item if math.isfinite(item) else None
+    json.dumps(item)  # raises TypeError for what JSON cannot hold
+    return item
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int | np.integer):
+        return f"{value:,}"
+    number = float(value)
+    if not math.isfinite(number):
+        return str(number)
+    return f"{number:,.0f}" if abs(number) >= 10_000 else f"{number:.4g}"
