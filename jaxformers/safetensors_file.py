@@ -201,7 +201,7 @@ def check_plain_name(name: Any, what: str) -> None:
 
 
 def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
-    """The JSON object (or list: `kind`) in a file. Raises CheckpointError: missing, too large, not JSON, a key twice."""
+    """The JSON object (or list: `kind`) in a file. Raises CheckpointError: missing, huge, not JSON, a key twice."""
     path = Path(path)
     size = _regular_file_size(path)
     if size > MAX_JSON_BYTES:
