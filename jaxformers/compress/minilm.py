@@ -16,13 +16,20 @@ length x length whatever the width: no projection between the widths, no map bet
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxformers import paths
+from jaxformers.functional import functional
 from jaxformers.losses import kl_divergence
+from jaxformers.sites import reap
 
 PROJECTIONS = {"Q": "query", "K": "key", "V": "value"}
 
@@ -91,18 +98,7 @@ def attention_distillation(
         )
     if (q_t.shape[0], q_t.shape[2]) != (q_s.shape[0], q_s.shape[2]):
         raise ValueError(f"q_s: batch and length of {q_s.shape} differ from the teacher's {q_t.shape}")
-    batch, heads, length, _ = q_s.shape
-    real = jnp.ones((batch, length), bool) if mask is None else mask.astype(bool)
-    if real.shape != (batch, length):
-        raise ValueError(f"mask: expected shape {(batch, length)}, got {real.shape}")
-
-    visible = real[:, None, None, :]  # (batch, 1, 1, key)
-    if causal:
-        visible = visible & jnp.tril(jnp.ones((length, length), bool))
-    teacher = jax.lax.stop_gradient(_logits(q_t, k_t))
-    kl = kl_divergence(teacher, _logits(q_s, k_s), where=visible)  # (batch, heads, query)
-    per_example = jnp.sum(jnp.where(real[:, None, :], kl, 0.0), axis=(1, 2))
-    return jnp.mean(per_example / (heads * jnp.maximum(jnp.sum(real, axis=1), 1)))
+    return _relation_kl(_logits(q_t, k_t), _logits(q_s, k_s), mask, causal)
 
 
 def relation_distillation(
@@ -122,6 +118,20 @@ def relation_distillation(
     return attention_distillation(*(_split(x, heads) for x in (x_t, y_t, x_s, y_s)), mask, causal=causal)
 
 
+def _relation_kl(teacher: Array, student: Array, mask: Array | None, causal: bool) -> Array:
+    """Relation logits (batch, heads, query, key) of both models -> L_XY of the module's first paragraph."""
+    batch, heads, length, _ = student.shape
+    real = jnp.ones((batch, length), bool) if mask is None else mask.astype(bool)
+    if real.shape != (batch, length):
+        raise ValueError(f"mask: expected shape {(batch, length)}, got {real.shape}")
+    visible = real[:, None, None, :]  # (batch, 1, 1, key)
+    if causal:
+        visible = visible & jnp.tril(jnp.ones((length, length), bool))
+    kl = kl_divergence(jax.lax.stop_gradient(teacher), student, where=visible)  # (batch, heads, query)
+    per_example = jnp.sum(jnp.where(real[:, None, :], kl, 0.0), axis=(1, 2))
+    return jnp.mean(per_example / (heads * jnp.maximum(jnp.sum(real, axis=1), 1)))
+
+
 def _logits(x: Array, y: Array) -> Array:
     """(batch, heads, length, size) twice -> (batch, heads, query, key) in float32 at least."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -135,3 +145,125 @@ def _split(x: Array, heads: int) -> Array:
     if width % heads:
         raise ValueError(f"heads: {heads} relation heads do not divide the width {width}")
     return x.reshape(batch, length, heads, width // heads).swapaxes(1, 2)
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------------
+
+
+def minilm_objective(
+    teacher: nnx.Module, student: nnx.Module, config: MiniLMConfig = MiniLMConfig(), **options: Any
+) -> tuple[Callable, dict[str, Any], tuple[str, ...]]:
+    """What `jaxformers.train.fit` needs to make `student` imitate `teacher`: (objective, params, freeze).
+
+        objective, params, freeze = minilm_objective(teacher, student)
+        result = fit(objective, params, batches, TrainConfig(steps=..., freeze=freeze), key=key)
+        student = jf.with_params(student, result.params["student"])
+
+    `params` is {"student": ..., "teacher": ...}; the teacher runs without dropout and without gradient. `freeze` names
+    the teacher and the parts of the student that the loss does not reach (of a BERT: what comes after the projections
+    of the chosen layer), so that weight decay leaves them alone too. Batches hold input_ids and attention_mask (B, L).
+    Metrics: each relation under its pair's name. `options` (scan_layers, remat) go to
+    `jaxformers.functional` for the student; stacked layers cannot be frozen one by one and are left to the optimiser.
+
+    Raises ValueError where layers, head counts, relation heads and widths of the two models do not fit together.
+    """
+    layers = check_models(teacher, student, config)
+    teacher_apply, teacher_params = functional(teacher)
+    student_apply, student_params = functional(student, **options)
+    sites = [_sites(config, layer) for layer in layers]
+    reap_teacher, reap_student = reap(teacher_apply, sites[0]), reap(student_apply, sites[1])
+    own = [model.layers[layer - 1].attention for model, layer in zip((teacher, student), layers, strict=True)]
+
+    def objective(apply: Any, params: dict[str, Any], batch: dict[str, Array], key: Array | None):
+        mask = batch.get("attention_mask")
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask") if k in batch}
+        _, seen_t = reap_teacher(jax.lax.stop_gradient(params["teacher"]), inputs)
+        _, seen_s = reap_student(params["student"], inputs, rngs=key)
+        terms = {}
+        for pair, _ in config.relations:
+            t = _relation_logits(config, pair, seen_t, layers[0], own[0])
+            s = _relation_logits(config, pair, seen_s, layers[1], own[1])
+            terms[pair] = _relation_kl(t, s, mask, config.causal)
+        return sum(weight * terms[pair] for pair, weight in config.relations), terms
+
+    frozen = ["teacher.**"]
+    if not options.get("scan_layers"):
+        reached = _reached(student, config, layers[1])
+        frozen += [f"student.{p}" for p in paths.flatten(student_params) if not paths.matches(reached, p)]
+    return objective, {"student": student_params, "teacher": teacher_params}, tuple(frozen)
+
+
+def check_models(teacher: nnx.Module, student: nnx.Module, config: MiniLMConfig) -> tuple[int, int]:
+    """The 1-based layers of (teacher, student) that `config` means. Raises ValueError where they cannot be compared."""
+    layers = []
+    for name, model, layer in (("teacher", teacher, config.teacher_layer), ("student", student, config.student_layer)):
+        if not hasattr(model, "layers"):
+            raise ValueError(f"{name}: expected a model with .layers of attention blocks, got {type(model).__name__}")
+        layer = len(model.layers) if layer is None else layer
+        if not 1 <= layer <= len(model.layers):
+            raise ValueError(f"{name}_layer: {layer} is not in 1..{len(model.layers)}")
+        layers.append(layer)
+        if is_causal(model) != config.causal:
+            kind = "a decoder" if is_causal(model) else "an encoder"
+            raise ValueError(f"causal: the {name} is {kind}, the relations are to be causal={config.causal}")
+    own = [model.layers[layer - 1].attention for model, layer in zip((teacher, student), layers, strict=True)]
+    for pair, _ in config.relations:
+        for name, attention in zip(("teacher", "student"), own, strict=True):
+            widths = [_width(attention, letter) for letter in pair]
+            if config.relation_heads is None and pair == "QK":
+                continue  # read as scores, whatever the keys' own width
+            if widths[0] != widths[1]:
+                raise ValueError(f"relations: {pair} of the {name} compares widths {widths[0]} and {widths[1]}")
+            if config.relation_heads is not None and widths[0] % config.relation_heads:
+                n = config.relation_heads
+                raise ValueError(f"relation_heads: {n} do not divide the {name}'s width {widths[0]} of {pair}")
+        if config.relation_heads is None:
+            counts = [_own_heads(attention, pair) for attention in own]
+            if counts[0] != counts[1]:
+                raise ValueError(
+                    f"MiniLM v1 needs equal head counts: teacher {counts[0]}, student {counts[1]}; use relation heads"
+                )
+    return layers[0], layers[1]
+
+
+def is_causal(model: nnx.Module) -> bool:
+    """Is it a decoder, whose tokens see nothing to their right?"""
+    return "causal_lm" in importlib.import_module(type(model.config).__module__).HEADS
+
+
+def _own_heads(attention: Any, pair: str) -> int:
+    return attention.heads if "Q" in pair else attention.kv_heads
+
+
+def _width(attention: Any, letter: str) -> int:
+    return attention.size * (attention.heads if letter == "Q" else attention.kv_heads)
+
+
+def _sites(config: MiniLMConfig, layer: int) -> list[str]:
+    """The sites that hold what the relations compare."""
+    prefix, names = f"layers.{layer - 1}.attention", set()
+    for pair, _ in config.relations:
+        if pair == "QK" and config.relation_heads is None:
+            names.add(f"{prefix}.scores")  # the model's own attention, rotary positions and biases included
+        else:
+            names |= {f"{prefix}.{PROJECTIONS[letter]}.output" for letter in pair}
+    return sorted(names)
+
+
+def _relation_logits(config: MiniLMConfig, pair: str, seen: Mapping[str, Array], layer: int, attention: Any) -> Array:
+    """(batch, heads, query, key) before the mask."""
+    prefix = f"layers.{layer - 1}.attention"
+    if pair == "QK" and config.relation_heads is None:
+        return seen[f"{prefix}.scores"]
+    heads = config.relation_heads or _own_heads(attention, pair)
+    return _logits(*(_split(seen[f"{prefix}.{PROJECTIONS[letter]}.output"], heads) for letter in pair))
+
+
+def _reached(model: nnx.Module, config: MiniLMConfig, layer: int) -> list[str]:
+    """Patterns of the parameters below the relations of `layer`."""
+    used = sorted({PROJECTIONS[letter] for pair, _ in config.relations for letter in pair})
+    reached = ["embeddings.**", *(f"layers.{i}.**" for i in range(layer - 1))]
+    reached += [f"layers.{layer - 1}.attention.{name}.**" for name in used]
+    if model.layers[layer - 1].prenorm:
+        reached.append(f"layers.{layer - 1}.attention_norm.**")
+    return reached
