@@ -4,10 +4,10 @@ A pretrained transformer is a pure function over a pytree of typed weights; ever
 other. ``import jaxformers as jf`` gives the verbs below; sub-packages load when they are first used.
 """
 
-from jaxformers import _platform  # noqa: F401  (sets what libtpu reads before JAX is imported)
-
 import importlib  # noqa: E402
 from typing import Any  # noqa: E402
+
+from jaxformers import _platform  # noqa: F401  (sets what libtpu reads before JAX is imported)
 
 __version__ = "0.1.0"
 

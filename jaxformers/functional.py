@@ -1,7 +1,7 @@
 """A model as a pure function over a nested dict of weights.
 
-``nnx.split`` once, ``nnx.merge`` inside the traced function: nothing of nnx is left at run time, and the dict's paths are
-the module paths (``params["layers"]["0"]["attention"]["query"]["kernel"]``).
+``nnx.split`` once, ``nnx.merge`` inside the traced function: nothing of nnx is left at run time, and the dict's paths
+are the module paths (``params["layers"]["0"]["attention"]["query"]["kernel"]``).
 """
 
 from collections.abc import Callable, Mapping

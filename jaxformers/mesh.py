@@ -69,9 +69,7 @@ def mesh(shape: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(np.asarray(devices[:total]).reshape(tuple(sizes.values())), tuple(sizes))
 
 
-def spec(
-    mesh: Mesh, path: str, shape: Sequence[int], rules: Mapping[str, tuple[str, ...]] = RULES
-) -> PartitionSpec:
+def spec(mesh: Mesh, path: str, shape: Sequence[int], rules: Mapping[str, tuple[str, ...]] = RULES) -> PartitionSpec:
     """How the parameter at ``path`` is cut. An axis whose size a mesh axis does not divide stays whole."""
     if ".kernel." in path:  # an array inside a typed weight is cut like the kernel it stands for
         path = path[: path.index(".kernel.") + len(".kernel")]

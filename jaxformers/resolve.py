@@ -43,7 +43,7 @@ def find(path_or_id: str) -> Path:
         raise CheckpointError(f"{path_or_id}: no such directory{hint}")
     if importlib.util.find_spec("huggingface_hub") is None:
         raise CheckpointError(
-            f"{path_or_id}: no such directory; to look it up on the Hugging Face hub, pip install 'jaxformers[data]'{hint}"
+            f"{path_or_id}: no such directory; to look on the Hugging Face hub, pip install 'jaxformers[data]'{hint}"
         )
     hub = require("huggingface_hub", "data")
     hub_id = f"sentence-transformers/{name}" if name in PACKAGED else path_or_id

@@ -107,14 +107,16 @@ def _apply_edits(frame: _Editor, own: list[tuple[str, int, _Body | None]], value
         else:  # one trace serves all layers of a scan, but only some of them are to be edited
             index = own[0][2].index
             value = jax.lax.cond(
-                jnp.isin(index, jnp.asarray(hits)), lambda v: _checked(own[0][0], v, fn(v)), lambda v: v, value
+                jnp.isin(index, jnp.asarray(hits)), lambda v, fn=fn: _checked(own[0][0], v, fn(v)), lambda v: v, value
             )
     return value
 
 
 def _checked(name: str, old: jax.Array, new: jax.Array) -> jax.Array:
     if getattr(new, "shape", None) != old.shape:
-        raise ValueError(f"edit of {name}: the function must return shape {old.shape}, got {getattr(new, 'shape', new)}")
+        raise ValueError(
+            f"edit of {name}: the function must return shape {old.shape}, got {getattr(new, 'shape', new)}"
+        )
     return new.astype(old.dtype)
 
 

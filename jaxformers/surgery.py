@@ -28,7 +28,9 @@ def copy(model: nnx.Module) -> nnx.Module:
 
 def find_linears(model: nnx.Module, patterns: paths.Patterns) -> list[tuple[str, Any]]:
     """``[(path, Linear)]`` in the model's order, those whose path matches. Raises ValueError when none does."""
-    found = [(".".join(map(str, path)), module) for path, module in nnx.iter_modules(model) if hasattr(module, "kernel")]
+    found = [
+        (".".join(map(str, path)), module) for path, module in nnx.iter_modules(model) if hasattr(module, "kernel")
+    ]
     hits = [(path, module) for path, module in found if paths.matches(patterns, path)]
     if not hits:
         known = ", ".join(path for path, _ in found[:6])

@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers as tk
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from jaxformers.atomic import write_json_atomic, write_text_atomic
+from jaxformers.atomic import json_bytes, write_bytes_atomic
 from jaxformers.data.padding import bucket, check_side, length_buckets, pad_rows
 from jaxformers.data.tokenizer_files import NAMES, read_json, read_tokenizer, tokenizer_directory
 
@@ -150,13 +150,11 @@ class Tokenizer:
             raise ValueError(f"ids: expected a vector of integers >= 0, got {ids.dtype} of shape {ids.shape}")
         return self.core.decode(ids.tolist(), skip_special_tokens=skip_special_tokens)
 
-    def save(self, directory: str | os.PathLike) -> None:
-        """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, each beside and then renamed.
+    def files(self) -> dict[str, bytes]:
+        """tokenizer.json, tokenizer_config.json and special_tokens_map.json, {name: content}.
 
-        `load_tokenizer` and Hugging Face's AutoTokenizer read them back. Raises OSError where they cannot be written.
+        `load_tokenizer` and Hugging Face's AutoTokenizer read them back.
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         special = {f"{name}_token": token for name in NAMES if (token := getattr(self, f"{name}_token")) is not None}
         skipped = ("add_bos_token", "add_eos_token")  # tokenizer.json says it
         skipped += ("auto_map", "added_tokens_decoder", "name_or_path", "special_tokens_map_file", "tokenizer_file")
@@ -164,9 +162,18 @@ class Tokenizer:
         config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         if self.max_length is not None:
             config["model_max_length"] = self.max_length
-        write_text_atomic(directory / "tokenizer.json", self.core.to_str(pretty=True))
-        write_json_atomic(directory / "tokenizer_config.json", config)
-        write_json_atomic(directory / "special_tokens_map.json", special)
+        return {
+            "tokenizer.json": self.core.to_str(pretty=True).encode(),
+            "tokenizer_config.json": json_bytes(config),
+            "special_tokens_map.json": json_bytes(special),
+        }
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write :meth:`files`, each beside and then renamed. Raises OSError where they cannot be written."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            write_bytes_atomic(directory / name, content)
 
     def _side(self, side: str | None) -> str:
         return self.padding_side if side is None else check_side(side, "padding_side")

@@ -1,13 +1,14 @@
 """How a parameter's path translates into the names of a Hugging Face checkpoint: data, one table per architecture.
 
 A table maps module paths (``{}`` = layer number) to Hugging Face's module names. Leaf names follow from the leaf:
-``kernel`` ↔ ``weight`` transposed, ``scale`` and ``embedding`` ↔ ``weight``, ``bias`` ↔ ``bias``. An entry may also name
-a single parameter (``head.bias``). Two things need more than a name, see :class:`HF`.
+``kernel`` ↔ ``weight`` transposed, ``scale`` and ``embedding`` ↔ ``weight``, ``bias`` ↔ ``bias``. An entry may also
+name a single parameter (``head.bias``). Two things need more than a name, see :class:`HF`.
 """
 
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
@@ -49,3 +50,8 @@ def expected(keys: Keys, names: Iterable[str]) -> set[str]:
         patterns.append(re.escape(name).replace(r"\{\}", r"\d+") + r"(\.weight|\.bias)?")
     regex = re.compile("|".join(patterns)) if patterns else None
     return {name for name in names if regex is not None and regex.fullmatch(name)}
+
+
+def all_keys(arch: Any, head: str | None) -> dict[str, "str | HF"]:
+    """The table of an architecture's body (names without prefix) and of its head."""
+    return {**arch.KEYS, **(arch.HEADS[head][1] if head in arch.HEADS else {})}

@@ -1,6 +1,6 @@
 """Multi-head attention: bidirectional, causal, prefix or cross; MHA, GQA or MQA; cached or not.
 
-    context = softmax(Q Kᵀ · scale + bias, masked) V                            (arXiv 1706.03762, equation 1)
+context = softmax(Q Kᵀ · scale + bias, masked) V                            (arXiv 1706.03762, equation 1)
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class Mask:
             if self.window is not None:
                 allowed = allowed & (q - k < self.window)[None, None]
         if self.segments is not None:
-            same = (self.segments[:, None, :, None] == self.segments[:, None, None, :])
+            same = self.segments[:, None, :, None] == self.segments[:, None, None, :]
             allowed = same if allowed is None else allowed & same
         if self.valid is not None:
             valid = self.valid[:, None, None, :].astype(bool)
@@ -178,8 +178,6 @@ class Attention(nnx.Module):
             cache = cache.write(k, v, mask.start)
             k, v = cache.key.astype(q.dtype), cache.value.astype(q.dtype)
         (drop,) = split(key, 1)
-        context = attend(
-            q, k, v, mask=mask, bias=bias, scale=self.scale, path=self.path, rate=self.rate, key=drop
-        )
+        context = attend(q, k, v, mask=mask, bias=bias, scale=self.scale, path=self.path, rate=self.rate, key=drop)
         context = site(f"{self.path}.context", context)
         return self.out(context.reshape(batch, length, self.heads * self.size)), cache

@@ -56,7 +56,9 @@ class Embeddings(nnx.Module):
         if self.project is not None:
             x = self.project(x)
         if self.token_type is not None:
-            x = x + (self.token_type.embedding.get_value()[0] if token_type_ids is None else self.token_type(token_type_ids))
+            x = x + (
+                self.token_type.embedding.get_value()[0] if token_type_ids is None else self.token_type(token_type_ids)
+            )
         if self.position is not None:
             x = x + self.position(position_ids)
         if self.norm is not None:
@@ -70,9 +72,7 @@ def check_length(length: int, positions: int) -> None:
         raise ValueError(f"input_ids: length {length} exceeds the {positions} positions of this model; truncate it")
 
 
-def padded_positions(
-    input_ids: Int[Array, "batch length"], pad_id: int
-) -> Int[Array, "batch length"]:
+def padded_positions(input_ids: Int[Array, "batch length"], pad_id: int) -> Int[Array, "batch length"]:
     """RoBERTa's positions: real tokens count from ``pad_id + 1``, padding stays at ``pad_id``."""
     real = (input_ids != pad_id).astype(jnp.int32)
     return jnp.cumsum(real, axis=1) * real + pad_id

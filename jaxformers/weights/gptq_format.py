@@ -36,7 +36,9 @@ class QuantizeConfig:
         if not isinstance(self.group_size, int) or self.group_size == 0 or self.group_size < -1:
             raise ValueError(f"quantization_config: group_size must be -1 or positive, got {self.group_size!r}")
         if self.checkpoint_format not in FORMATS:
-            raise ValueError(f"quantization_config: checkpoint_format must be one of {FORMATS}, got {self.checkpoint_format!r}")
+            raise ValueError(
+                f"quantization_config: checkpoint_format must be one of {FORMATS}, got {self.checkpoint_format!r}"
+            )
 
 
 def parse(config: Mapping[str, Any]) -> QuantizeConfig:
@@ -95,6 +97,12 @@ def config_json(packed: list[PackedWeight], hf: Mapping[str, Any]) -> dict[str, 
     bits, group_size, checkpoint_format = kinds.pop()
     before = dict(hf.get("quantization_config") or {})
     sorted_groups = any(w.g_idx is not None for w in packed)
-    made = {"sym": True, "desc_act": sorted_groups, "static_groups": False, "true_sequential": False, "damp_percent": 0.01}
+    made = {
+        "sym": True,
+        "desc_act": sorted_groups,
+        "static_groups": False,
+        "true_sequential": False,
+        "damp_percent": 0.01,
+    }
     fixed = {"quant_method": "gptq", "bits": bits, "group_size": group_size, "checkpoint_format": checkpoint_format}
     return {**made, **before, **fixed}

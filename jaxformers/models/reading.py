@@ -1,0 +1,207 @@
+"""Filling an abstract model from a checkpoint: each parameter finds its tensor, shape and dtype checked beforehand."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxformers import mesh as meshes
+from jaxformers import paths, surgery, weights
+from jaxformers.models.keymap import HF, all_keys, expected, lookup
+from jaxformers.safetensors_io import Checkpoint, CheckpointError, LazyTensor
+from jaxformers.weights import gptq_format
+
+
+class Names:
+    """The checkpoint's tensors by today's names without prefix; remembers which were asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, arch: Any):
+        self.checkpoint, self.used = checkpoint, set()
+        self.in_file: dict[str, str] = {}
+        for name in checkpoint:
+            plain = name.removeprefix(arch.PREFIX + ".")
+            for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+                plain = plain.replace(old, new)
+            self.in_file[plain] = name
+
+    def get(self, name: str) -> LazyTensor | None:
+        found = self.in_file.get(name)
+        if found is not None:
+            self.used.add(found)
+        return None if found is None else self.checkpoint[found]
+
+    def under(self, module: str) -> dict[str, LazyTensor]:
+        """All tensors of a module by suffix, marked as used."""
+        return {n[len(module) + 1 :]: self.get(n) for n in self.in_file if n.startswith(module + ".")}
+
+
+def expect_packed(model: nnx.Module, arch: Any, hf: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Put an abstract PackedWeight where the checkpoint holds packed words."""
+    if not any(name.endswith(".qweight") for name in checkpoint) and "quantization_config" not in hf:
+        return
+    settings = gptq_format.read_config(checkpoint.directory, hf)
+    names, keys = Names(checkpoint, arch), all_keys(arch, model.head_name)
+    for path, module in nnx.iter_modules(model):
+        if not isinstance(getattr(module, "kernel", None), nnx.Variable):
+            continue
+        found = lookup(keys, ".".join(map(str, path)) + ".kernel")
+        if found is not None and names.get(f"{found[0].name}.qweight") is not None:
+            tensors = names.under(found[0].name)
+            module.kernel.set_value(gptq_format.abstract(settings, module.kernel.get_value().shape, tensors))
+
+
+def fill(
+    model: nnx.Module,
+    arch: Any,
+    checkpoint: Checkpoint,
+    extra: Mapping[str, np.ndarray],
+    dtype: Any,
+    mesh: jax.sharding.Mesh | None,
+    key: jax.Array | None,
+    skip: Callable[[str], bool],
+) -> nnx.Module:
+    names, keys = Names(checkpoint, arch), all_keys(arch, model.head_name)
+    flat = paths.flatten(nnx.to_pure_dict(nnx.state(model)))
+    plan: dict[str, Callable[[], Any]] = {path: lambda path=path: extra[path] for path in extra}
+    missing, wrong = [], []
+    for path, leaf in flat.items():
+        if path in plan:
+            continue
+        found = lookup(keys, path)
+        try:
+            read = None if found is None else _reader(names, path, *found, leaf)
+        except ValueError as error:
+            wrong.append(str(error))
+            continue
+        if read is None:
+            missing.append(path)
+        else:
+            plan[path] = read
+    fresh = [path for path in missing if path.startswith("head.")]
+    if len(fresh) < len(missing):
+        lost = [_file_name(arch, model.head_name, path) for path in missing if path not in fresh]
+        raise CheckpointError(f"{checkpoint.directory}: tensors missing: {_some(lost)}")
+    if fresh and key is None:
+        raise CheckpointError(
+            f"{checkpoint.directory}: no weights for {_some(fresh)}; for a new head, pass key=jax.random.key(…)"
+        )
+    if wrong:
+        raise CheckpointError(f"{checkpoint.directory}: {_some(wrong)}")
+    unmapped = _unmapped(names, arch, skip)
+    if unmapped:
+        raise CheckpointError(f"{checkpoint.directory}: tensors that have no place in this model: {_some(unmapped)}")
+    values = {path: _place(path, read(), dtype, mesh) for path, read in plan.items()}
+    if fresh:
+        values.update({path: _place(path, value, dtype, mesh) for path, value in _fresh(model, fresh, key).items()})
+    for path, leaf in flat.items():
+        if values[path].shape != leaf.shape:
+            raise CheckpointError(
+                f"{checkpoint.directory}: {path} has shape {values[path].shape}, expected {leaf.shape}"
+            )
+    graph, _ = nnx.split(model)
+    return surgery.named(nnx.merge(graph, paths.unflatten(values)))
+
+
+def _reader(names: Names, path: str, entry: HF, leaf_name: str, leaf: Any) -> Callable[[], Any] | None:
+    """A function that reads the parameter at ``path``, or None when its tensor is missing. Checks shape and dtype."""
+    is_kernel = path.endswith(".kernel")
+    if weights.is_typed(leaf):
+        tensors = names.under(entry.name)
+        return (lambda: leaf.from_tensors(_torch_like(tensors, entry))) if tensors else None
+    tensor = names.get(f"{entry.name}.{leaf_name}")
+    if tensor is None:
+        return None
+    shape = tuple(tensor.shape)
+    if is_kernel and not entry.conv1d:
+        shape = shape[::-1]
+    if shape and entry.part[1] > 1:
+        shape = (*shape[:-1], shape[-1] // entry.part[1])
+    if shape != tuple(leaf.shape):
+        raise ValueError(
+            f"{entry.name}.{leaf_name} has shape {tuple(tensor.shape)}, but config.json asks for "
+            f"{tuple(leaf.shape[::-1] if is_kernel and not entry.conv1d else leaf.shape)}"
+        )
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise ValueError(f"{entry.name}.{leaf_name} has dtype {tensor.dtype}, expected a floating-point one")
+    read = _torch_like({leaf_name: tensor}, entry)
+    return (lambda: weights.from_tensors(leaf, read)) if is_kernel else (lambda: read(leaf_name))
+
+
+def _torch_like(tensors: Mapping[str, LazyTensor], entry: HF) -> Callable[[str], np.ndarray | None]:
+    """``read(suffix)`` as if the module were its own Linear: slices of fused layers, Conv1D turned to (out, in)."""
+    i, n = entry.part
+
+    def read(suffix: str) -> np.ndarray | None:
+        if suffix not in tensors:
+            if suffix == "g_idx":  # optional in the packed layout
+                return None
+            raise CheckpointError(f"tensor {entry.name}.{suffix} is missing")
+        array = tensors[suffix].read()
+        if suffix == "weight" and entry.conv1d:
+            array = array.T
+        if n > 1 and suffix != "g_idx":
+            axis = 0 if suffix == "weight" else array.ndim - 1
+            width = array.shape[axis] // n
+            array = array[(slice(None),) * axis + (slice(i * width, (i + 1) * width),)]
+        return array
+
+    return read
+
+
+def _place(path: str, value: Any, dtype: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """Host arrays (views of the file) to device arrays of ``dtype``; packed words keep their types."""
+    if weights.is_typed(value):
+        keep = isinstance(value, weights.PackedWeight)
+        return jax.tree_util.tree_map_with_path(
+            lambda p, a: _place(f"{path}{jax.tree_util.keystr(p)}", a, None if keep else dtype, mesh),
+            value,
+            is_leaf=lambda a: a is not value and isinstance(a, weights.PackedWeight),
+        )
+    wanted = np.dtype(dtype) if dtype is not None and jnp.issubdtype(value.dtype, jnp.floating) else value.dtype
+    if mesh is None:
+        return (
+            jnp.asarray(np.array(value, wanted, order="C", copy=True))
+            if isinstance(value, np.ndarray)
+            else value.astype(wanted)
+        )
+    sharding = meshes.sharding(mesh, path, value.shape)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: np.array(value[index], wanted, order="C"))
+
+
+def _fresh(model: nnx.Module, fresh: list[str], key: jax.Array) -> dict[str, Any]:
+    @jax.jit
+    def build(key: jax.Array) -> dict[str, Any]:
+        new = type(model)(model.config, head=model.head_name, rngs=nnx.Rngs(key))
+        flat = paths.flatten(nnx.to_pure_dict(nnx.state(new)))
+        return {path: flat[path] for path in fresh}
+
+    return build(key)
+
+
+def _unmapped(names: Names, arch: Any, skip: Callable[[str], bool]) -> list[str]:
+    """Tensors nobody asked for, less buffers, other heads, and the all-zero biases that GPTQ writers add."""
+    heads = {k: v for _, table in arch.HEADS.values() for k, v in table.items()}
+    other = expected({**heads, "pooler": arch.KEYS.get("pooler", "pooler")}, names.in_file)
+    left = []
+    for plain, name in names.in_file.items():
+        if name in names.used or plain in other or skip(name) or any(re.fullmatch(p, plain) for p in arch.IGNORED):
+            continue
+        module, _, suffix = plain.rpartition(".")
+        if suffix == "bias" and f"{module}.qweight" in names.in_file and not np.any(names.checkpoint[name].read()):
+            continue
+        left.append(name)
+    return left
+
+
+def _file_name(arch: Any, head: str | None, path: str) -> str:
+    found = lookup(all_keys(arch, head), path)
+    return path if found is None else f"{found[0].name}.{found[1]}"
+
+
+def _some(items: list[str]) -> str:
+    shown = "; ".join(items[:5])
+    return shown if len(items) <= 5 else f"{shown}; and {len(items) - 5} more"

@@ -1,0 +1,70 @@
+"""A model's parameters as the named tensors of a Hugging Face checkpoint."""
+
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from jaxformers import paths, weights
+from jaxformers.models.keymap import HF, all_keys, lookup
+
+
+def to_tensors(model: nnx.Module, arch: Any) -> tuple[list[tuple], dict[str, np.ndarray]]:
+    """``[(name, shape, dtype, read)]`` for the checkpoint, and the tensors of a sentence head's Dense module."""
+    keys = all_keys(arch, model.head_name)
+    prefix = f"{arch.PREFIX}." if model.head_name in arch.HEADS else ""
+    dense: dict[str, np.ndarray] = {}
+    fused: dict[str, dict[int, Any]] = {}
+    tensors: list[tuple] = []
+    for path, leaf in paths.flatten(nnx.to_pure_dict(nnx.state(model))).items():
+        if model.head_name == "sentence" and path.startswith("head.dense."):
+            array = np.asarray(leaf)
+            dense["linear.weight" if path.endswith("kernel") else "linear.bias"] = array.T if array.ndim == 2 else array
+            continue
+        found = lookup(keys, path)
+        if found is None:
+            raise ValueError(f"model: parameter {path} has no name in the Hugging Face layout")
+        entry, leaf_name = found
+        body = lookup(arch.KEYS, path) is not None
+        name = f"{prefix if body else ''}{entry.name}"
+        if entry.part[1] > 1:
+            fused.setdefault(f"{name}\n{path.rpartition('.')[2]}", {})[entry.part[0]] = (entry, leaf_name, leaf)
+        else:
+            tensors += [(f"{name}.{s}", *rest) for s, *rest in _layer_tensors(path, entry, leaf_name, leaf)]
+    for key, parts in fused.items():
+        tensors += _fused_tensors(*key.split("\n"), [parts[i] for i in sorted(parts)])
+    return tensors, dense
+
+
+def _layer_tensors(path: str, entry: HF, leaf_name: str, leaf: Any) -> list[tuple]:
+    if weights.is_typed(leaf):
+        found = leaf.to_tensors()
+        if entry.conv1d and "weight" in found:
+            found["weight"] = found["weight"].T
+        return [(suffix, a.shape, a.dtype, lambda a=a: a) for suffix, a in found.items()]
+    turned = path.endswith(".kernel") and not entry.conv1d
+    shape = leaf.shape[::-1] if turned else leaf.shape
+    return [(leaf_name, shape, np.dtype(leaf.dtype), lambda: np.asarray(leaf).T if turned else np.asarray(leaf))]
+
+
+def _fused_tensors(name: str, leaf_kind: str, parts: list[tuple[HF, str, Any]]) -> list[tuple]:
+    """Concatenate the outputs of layers that the checkpoint keeps as one."""
+    layers = [{s: read for s, _, _, read in _layer_tensors(f".{leaf_kind}", *part)} for part in parts]
+    if any(set(layer) != set(layers[0]) for layer in layers):
+        raise ValueError(
+            f"model: {name} is one tensor in the checkpoint, but its parts have different kinds of weights"
+        )
+    out = []
+    for suffix in layers[0]:
+        arrays = [layer[suffix]() for layer in layers]
+        if suffix == "g_idx":
+            if any(not np.array_equal(a, arrays[0]) for a in arrays):
+                raise ValueError(f"model: the parts of {name} order their groups differently; the layout cannot say so")
+            joined = arrays[0]
+        elif suffix in ("weight", "bias", "qweight", "qzeros", "scales"):
+            axis = 0 if suffix == "weight" and not parts[0][0].conv1d else arrays[0].ndim - 1
+            joined = np.concatenate(arrays, axis=axis)
+        else:
+            raise ValueError(f"model: {name} is one tensor in the checkpoint; merge {suffix} into its weights first")
+        out.append((f"{name}.{suffix}", joined.shape, joined.dtype, lambda a=joined: a))
+    return out
