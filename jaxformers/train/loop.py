@@ -86,7 +86,7 @@ class TrainConfig:
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss or its gradient is NaN or infinite; ``step``, ``batch`` (a file or None) and ``checkpoint`` say where."""
+    """The loss or its gradient is NaN or infinite: at ``step``, in ``batch`` (a file), after ``checkpoint``."""
 
     def __init__(self, message: str, step: int, batch: Path | None, checkpoint: Path | None):
         super().__init__(message)
@@ -151,9 +151,9 @@ def fit(
         eval_data: an iterable of batches, gone through whole at each evaluation; gives ``eval_loss``, ``eval_<metric>``
             by ``eval_objective`` (default: ``objective``).
         evaluate: ``evaluate(params, step) -> {name: number}``, any further measurement.
-        mesh, shardings: the batch is split over the mesh axes replica, data and fsdp; parameters go where
-            ``shardings`` (a tree like the parameters) says, else stay where they are, else are replicated. The mesh
-            defaults to the one that the parameters are on.
+        mesh, shardings: the batch is split over the mesh axes data and fsdp; parameters go where ``shardings`` (a tree
+            like the parameters) says, else stay where they are on the mesh, else go by the table of `jaxformers.mesh`.
+            The mesh defaults to the one that the parameters are on.
         directory: receives `metrics.jsonl`, `checkpoints/` and, if asked for, `tensorboard/`. A run found there is
             taken up where it stopped, bit by bit as if it had not been interrupted (``config.resume``); SIGTERM saves
             once more and exits with code 0.

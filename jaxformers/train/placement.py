@@ -1,5 +1,6 @@
 """Where parameters, optimiser state and batches live on a mesh."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,9 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxformers.mesh import batch_sharding, sharding
 from jaxformers.train.state import Flat, leaf_paths
-
-DATA_AXES = ("replica", "data", "fsdp")  # mesh axes that a batch is split over, those that the mesh has
 
 
 def mesh_of(params: Any) -> Mesh | None:
@@ -22,7 +22,8 @@ def mesh_of(params: Any) -> Mesh | None:
 
 
 def param_shardings(params: Any, mesh: Mesh, shardings: Any = None) -> dict[str, NamedSharding]:
-    """{path: sharding} of every array: from ``shardings`` (a tree like ``params``), else where it is, else replicated.
+    """{path: sharding} of every array: from ``shardings`` (a tree like ``params``), else where it is on ``mesh``, else
+    by the table of `jaxformers.mesh`.
 
     Raises ValueError when ``shardings`` is not shaped like ``params``.
     """
@@ -36,7 +37,7 @@ def param_shardings(params: Any, mesh: Mesh, shardings: Any = None) -> dict[str,
         chosen = [s if isinstance(s, NamedSharding) else NamedSharding(mesh, s) for s in given]
     else:
         here = lambda x: isinstance(getattr(x, "sharding", None), NamedSharding) and x.sharding.mesh == mesh
-        chosen = [x.sharding if here(x) else NamedSharding(mesh, PartitionSpec()) for x in leaves]
+        chosen = [x.sharding if here(x) else sharding(mesh, n, x.shape) for n, x in zip(names, leaves, strict=True)]
     return dict(zip(names, chosen, strict=True))
 
 
@@ -64,12 +65,6 @@ def state_shardings(abstract: Any, params: Flat, shardings: Mapping[str, NamedSh
     return jax.tree_util.tree_map_with_path(place, abstract)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis of a batch over all data axes of the mesh, the rest replicated."""
-    axes = tuple(a for a in DATA_AXES if a in mesh.axis_names)
-    return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
-
-
 def put_batch(batch: Any, mesh: Mesh | None) -> Any:
     """Move one process's part of a batch (numpy, leading axis = examples) onto its devices.
 
@@ -77,9 +72,10 @@ def put_batch(batch: Any, mesh: Mesh | None) -> Any:
     """
     if mesh is None:
         return jax.tree.map(jax.numpy.asarray, batch)
-    sharding = batch_sharding(mesh)
-    axes = sharding.spec[0] if len(sharding.spec) else ()
-    ways = int(np.prod([mesh.shape[a] for a in axes], dtype=int))
+    cut = batch_sharding(mesh)
+    axes = cut.spec[0] if len(cut.spec) and cut.spec[0] is not None else ()
+    axes = (axes,) if isinstance(axes, str) else axes
+    ways = math.prod(mesh.shape[a] for a in axes)
 
     def put(x: Any) -> jax.Array:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
@@ -91,6 +87,6 @@ def put_batch(batch: Any, mesh: Mesh | None) -> Any:
                 f"data: a batch of shape {x.shape} from each of {jax.process_count()} processes does not divide over "
                 f"the {ways} devices of the mesh axes {axes}"
             )
-        return jax.make_array_from_process_local_data(sharding, x)
+        return jax.make_array_from_process_local_data(cut, x)
 
     return jax.tree.map(put, batch)

@@ -34,10 +34,9 @@ def leaf_paths(params: Any) -> list[tuple[str, str]]:
     """
     found = []
     for keys, _ in jax.tree_util.tree_flatten_with_path(params)[0]:
-        names = [_name(key) for key in keys]
         plain = [isinstance(key, jax.tree_util.DictKey | jax.tree_util.SequenceKey) for key in keys]
-        owner = next((i for i, is_plain in enumerate(plain) if not is_plain), len(keys))
-        found.append((".".join(names), ".".join(names[:owner])))
+        depth = plain.index(False) if False in plain else len(keys)
+        found.append((paths.dotted(keys), paths.dotted(keys[:depth])))
     seen: set[str] = set()
     for path, _ in found:
         if path in seen:
@@ -90,9 +89,3 @@ def master(x: jax.Array) -> jax.Array:
     """A copy of ``x`` to be donated, in float32 at least: an update of relative size 1e-3 is lost in bfloat16."""
     return jnp.array(x, dtype=jnp.promote_types(x.dtype, jnp.float32), copy=True)
 
-
-def _name(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
