@@ -80,12 +80,10 @@ def load(
     _check_head(head, arch)
 
     config = arch.Config.from_hf(hf)
-    if hasattr(config, "pooler") and head is None and not any("pooler" in name for name in checkpoint):
+    if hasattr(config, "pooler") and head in (None, "sentence") and not any("pooler" in name for name in checkpoint):
         config = dataclasses.replace(config, pooler=False)
     config = configs.replace(config, config_overrides)
     body_head = None if head == "sentence" else head
-    if head == "sentence" and hasattr(config, "pooler"):
-        config = dataclasses.replace(config, pooler=False)
     model = nnx.eval_shape(lambda: arch.Model(config, head=body_head, rngs=nnx.Rngs(0)))
     extra: dict[str, Any] = {}
     if head == "sentence":

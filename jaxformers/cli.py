@@ -1,0 +1,265 @@
+"""The ``jaxformers`` command: one verb a function, thin around the library. Errors are one line and exit code 2."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from jaxformers.compilation import enable_cache
+
+Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+_MODEL = "model: directory in the Hugging Face layout, hub id, or all-MiniLM-L6-v2 where its package is installed."
+
+
+def quickstart(out: Path = Path("runs/quickstart"), seed: int = 0) -> None:
+    """Pre-train, compress and apply a small language model on text that every Python ships, in about three minutes.
+
+    Trains a BPE tokenizer and a llama on English and Python sources, quantises it by RTN and GPTQ at 8, 4, 3 and 2
+    bits, saves and reloads the 4-bit checkpoint, generates from it, and links two tables with a sentence encoder where
+    one is found. Ends with one table and one figure.
+
+    Args:
+        out: directory that receives the checkpoint, metrics, table and figure.
+        seed: of the model's initial weights, the batches and the calibration sample.
+    """
+    from jaxformers.quickstart import run
+
+    run(out, seed=seed)
+
+
+def info(model: Model) -> None:
+    """Describe a checkpoint: architecture, head, parameters by path, bytes on disk.
+
+    Args:
+        model: directory in the Hugging Face layout, hub id, or all-MiniLM-L6-v2 where its package is installed.
+    """
+    import jaxformers as jf
+    from jaxformers import paths
+
+    loaded = jf.load(model)
+    _, params = jf.functional(loaded)
+    files = sorted(Path(loaded.source).glob("*.safetensors"))
+    print(paths.report(params))
+    print(f"{type(loaded).__name__}, head: {loaded.head_name or 'none'}, from {loaded.source}")
+    print(f"{sum(os.path.getsize(f) for f in files):,} bytes in {len(files)} file(s)")
+    for entry in loaded.surgery:
+        print(f"surgery: {entry[0]} {entry[1]}")
+
+
+def embed(
+    model: Model,
+    texts: Annotated[list[str], tyro.conf.Positional],
+    file: Path | None = None,
+    field: str = "text",
+    out: Path | None = None,
+    batch_size: int = 128,
+) -> None:
+    """Embed texts: one vector each, pooled and normalised as the checkpoint says.
+
+    Args:
+        model: directory in the Hugging Face layout, hub id, or all-MiniLM-L6-v2 where its package is installed.
+        texts: texts to embed; or none, with --file.
+        file: .txt (one text a line), .jsonl, .csv or .tsv.
+        field: the column of --file that holds the text, for tables.
+        out: .npy file for the float32 matrix (texts, width); without it, JSON lines are printed.
+        batch_size: texts a batch.
+    """
+    import numpy as np
+
+    import jaxformers as jf
+    from jaxformers.data.text import read_texts
+
+    if (file is None) == (not texts):
+        raise ValueError("texts: give texts or --file, one of the two")
+    if out is not None and out.suffix != ".npy":
+        raise ValueError(f"out: expected a .npy file, got {out}")
+    rows = texts or read_texts(file, field)
+    vectors = jf.embed(jf.load(model), rows, batch_size=batch_size)
+    if out is not None:
+        np.save(out, vectors)
+        print(f"{vectors.shape[0]} vectors of width {vectors.shape[1]} in {out}")
+        return
+    for text, vector in zip(rows, vectors, strict=True):
+        print(json.dumps({"text": text, "embedding": [round(float(x), 6) for x in vector]}, ensure_ascii=False))
+
+
+def link(
+    left: Annotated[Path, tyro.conf.Positional],
+    right: Annotated[Path, tyro.conf.Positional],
+    on: tuple[str, ...] = (),
+    left_on: tuple[str, ...] = (),
+    right_on: tuple[str, ...] = (),
+    model: str = "all-MiniLM-L6-v2",
+    k: int = 1,
+    min_score: float | None = None,
+    out: Path | None = None,
+) -> None:
+    """Link the rows of two tables by meaning: each left row gets its nearest right rows and their cosine.
+
+    Args:
+        left: .csv file.
+        right: .csv file.
+        on: columns to compare, the same in both tables; default: all that they share.
+        left_on: columns of the left table, where names differ.
+        right_on: columns of the right table, where names differ.
+        model: directory in the Hugging Face layout, hub id, or all-MiniLM-L6-v2 where its package is installed.
+        k: neighbours for each left row.
+        min_score: leave out pairs whose cosine is below.
+        out: .csv file for the result; printed without it.
+    """
+    from jaxformers.extras import require
+    from jaxformers.tasks import linktransformer
+
+    pandas = require("pandas", "link")
+    tables = []
+    for path in (left, right):
+        try:
+            tables.append(pandas.read_csv(path))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be read as CSV ({error})") from None
+
+    def columns(names: tuple[str, ...]) -> list[str] | str | None:
+        return None if not names else names[0] if len(names) == 1 else list(names)
+
+    linked = linktransformer.merge_knn(
+        *tables,
+        on=columns(on),
+        left_on=columns(left_on),
+        right_on=columns(right_on),
+        model=model,
+        k=k,
+        drop_sim_threshold=min_score,
+    )
+    if out is not None:
+        linked.to_csv(out, index=False)
+        print(f"{len(linked)} pairs in {out}")
+    else:
+        print(linked.to_string(index=False))
+
+
+def quantize(
+    model: Model,
+    out: Path,
+    method: Literal["gptq", "rtn"] = "gptq",
+    bits: Literal[2, 3, 4, 8] = 4,
+    group_size: int = 128,
+    sym: bool = True,
+    act_order: bool = False,
+    static_groups: bool = False,
+    true_sequential: bool = False,
+    damp: float = 0.01,
+    format: Literal["gptq", "gptq_v2"] = "gptq",
+    calibration: Path | None = None,
+    samples: int = 128,
+    length: int = 2048,
+    seed: int = 0,
+) -> None:
+    """Quantise the linear layers of a checkpoint to 2, 3, 4 or 8 bits, block by block, and save it packed.
+
+    The result is what GPTQ readers (Hugging Face, AutoGPTQ, GPTQModel) and this library load. An interrupted run
+    goes on where it stopped when the same command is given again.
+
+    Args:
+        model: directory in the Hugging Face layout, hub id, or all-MiniLM-L6-v2 where its package is installed.
+        out: directory for the quantised checkpoint.
+        method: gptq compensates each rounding error in the weights still to come; rtn rounds to nearest.
+        bits: of each weight.
+        group_size: input columns that share a scale; -1 for one scale a row.
+        sym: a grid symmetric around zero.
+        act_order: quantise columns in the order of decreasing activation.
+        static_groups: fix all group scales before the first column is rounded.
+        true_sequential: let each sub-layer see the rounding of those before it in its block.
+        damp: share of the mean Hessian diagonal that is added to it.
+        format: version of the packed layout.
+        calibration: .txt, .jsonl (field text), or .npy of token ids (samples, length). Needed by gptq.
+        samples: calibration sequences drawn from text.
+        length: tokens of each; cut to what the model's positions allow.
+        seed: of that draw.
+    """
+    from jaxformers.compress.gptq import quantize_checkpoint
+
+    report = quantize_checkpoint(
+        model, out, method=method, bits=bits, group_size=group_size, sym=sym, act_order=act_order,
+        static_groups=static_groups, true_sequential=true_sequential, damp=damp, checkpoint_format=format,
+        calibration=calibration, samples=samples, length=length, seed=seed,
+    )  # fmt: skip
+    print(report)
+    print(f"saved in {out}")
+
+
+def perplexity(model: Model, text: Path, length: int | None = None, batch_size: int = 8) -> None:
+    """Perplexity of a causal language model on a text file: the mean over disjoint windows, the tail dropped.
+
+    Args:
+        model: directory in the Hugging Face layout or hub id.
+        text: .txt (the whole file is tokenised once), .jsonl or .csv (field text), or .npy of token ids.
+        length: tokens a window; default: what the model's positions allow, at most 2048.
+        batch_size: windows a batch.
+    """
+    from jaxformers.evaluation import perplexity_of_file
+
+    found = perplexity_of_file(model, text, length=length, batch_size=batch_size)
+    print(json.dumps(found))
+
+
+def generate(
+    model: Model,
+    prompts: Annotated[list[str], tyro.conf.Positional],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> None:
+    """Continue prompts with a causal language model.
+
+    Args:
+        model: directory in the Hugging Face layout or hub id.
+        prompts: one or more texts.
+        max_new_tokens: tokens to add, at most.
+        temperature: 0 takes the likeliest token each time; above 0 samples.
+        top_k: sample among the k likeliest tokens.
+        top_p: sample among the likeliest tokens that hold this much probability.
+        seed: of sampling.
+    """
+    import jax
+
+    import jaxformers as jf
+
+    if not prompts:
+        raise ValueError("prompts: give at least one")
+    loaded = jf.load(model)
+    key = jax.random.key(seed) if temperature > 0 else None
+    texts = jf.generate(
+        loaded, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, key=key
+    )
+    for prompt, text in zip(prompts, texts, strict=True):
+        print(f"{prompt}{text}")
+
+
+VERBS = (quickstart, info, embed, link, quantize, perplexity, generate)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one verb; exit code 2 and one line on bad input, 130 on Ctrl-C."""
+    enable_cache()
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {verb.__name__: verb for verb in VERBS},
+            prog="jaxformers",
+            description="Pretrained transformers in JAX: pre-train, adapt, compress and apply them.",
+            args=argv,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"jaxformers: error: {lines[0]}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
