@@ -9,9 +9,8 @@ most half of both.
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from flax import nnx
 
 from jaxformers import hub, paths
 from jaxformers.compress.minilm import MiniLMConfig, check_models, is_causal, minilm_objective
+from jaxformers.data.batches import array_batches
+from jaxformers.data.text import join_documents, pack_blocks, read_texts, windows
 from jaxformers.data.tokenizers import Tokenizer, load_tokenizer
 from jaxformers.functional import functional, with_params
 from jaxformers.models import bert
@@ -122,8 +123,11 @@ def distil(
     for name, model in zip(("teacher", *models), chain, strict=True):
         _check_text(name, model, tokenizer, max_length if reads_text else None)
 
-    data = corpus if not reads_text else Rows(pack(corpus, tokenizer, max_length), batch_size)
-    held = None if heldout is None else Rows(pack(heldout, tokenizer, max_length), batch_size, shuffle=False)
+    data = corpus if not reads_text else array_batches(pack(corpus, tokenizer, max_length), batch_size)
+    held = None
+    if heldout is not None:
+        once = {"shuffle": False, "epochs": 1, "drop_remainder": False}
+        held = array_batches(pack(heldout, tokenizer, max_length), batch_size, **once)
     history = {}
     for above, (name, below), stage in zip(chain, models.items(), stages, strict=False):
         options = {"scan_layers": train.scan_layers, "remat": train.remat}
@@ -244,45 +248,15 @@ def _is_batches(corpus: Any) -> bool:
 def pack(corpus: Any, tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
     """Texts one after another, cut into rows of `length` tokens, framed by [CLS] and [SEP] where the tokenizer does so.
 
-    -> input_ids, attention_mask (rows, length) int32; what does not fill a row at the end is dropped.
-    Raises ValueError when the texts do not fill one row.
+    -> input_ids, attention_mask (rows, length) int32. Texts may be a file's path (see `data.text.read_texts`); blank
+    ones are dropped. Raises ValueError when there is no text, or (without a frame) less than one row of it.
     """
-    if isinstance(corpus, str | Path):
-        with (gzip.open if str(corpus).endswith(".gz") else open)(corpus, "rt", encoding="utf-8") as file:
-            corpus = [line for line in file if line.strip()]
-    frame = tokenizer.cls_id is not None and tokenizer.sep_id is not None
-    start, end = (tokenizer.cls_id, tokenizer.sep_id) if frame else (None, None)
-    body = length - 2 * frame
-    rows, pending = [], []
-    for text in corpus:
-        pending += tokenizer.encode(text, add_special_tokens=False)
-        while len(pending) >= body:
-            row, pending = pending[:body], pending[body:]
-            rows.append([start, *row, end] if frame else row)
-    if not rows:
-        raise ValueError(f"corpus: {len(pending)} tokens do not fill one row of {length}; give more text")
-    ids = np.asarray(rows, np.int32)
+    texts = read_texts(corpus) if isinstance(corpus, str | Path) else corpus
+    documents = [tokenizer.encode(t, add_special_tokens=False) for t in texts if t.strip()]
+    if not documents:
+        raise ValueError("corpus: it holds no text")
+    if tokenizer.cls_id is not None and tokenizer.sep_id is not None:
+        frame = {"cls_id": tokenizer.cls_id, "sep_id": tokenizer.sep_id, "pad_id": tokenizer.pad_id}
+        return pack_blocks(documents, length, **frame)
+    ids = windows(join_documents(documents, tokenizer.eos_id), length)
     return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-
-
-class Rows:
-    """Batches of `batch_size` rows of equally long arrays.
-
-    With `shuffle` each epoch has an order of its own, told by its number so that a run can be resumed, and what does
-    not fill a batch is left out; without it the last batch is smaller. Raises ValueError for fewer rows than one batch.
-    """
-
-    def __init__(self, arrays: Mapping[str, np.ndarray], batch_size: int, *, shuffle: bool = True, seed: int = 0):
-        self.arrays, self.shuffle, self.seed, self.epoch = dict(arrays), shuffle, seed, 0
-        self.count, self.batch_size = len(next(iter(self.arrays.values()))), batch_size
-        if shuffle and self.count < batch_size:
-            raise ValueError(f"batch_size: {batch_size} rows are asked for, the text fills {self.count}")
-
-    def __iter__(self):
-        order = np.arange(self.count)
-        if self.shuffle:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
-            order = order[: self.count // self.batch_size * self.batch_size]
-            self.epoch += 1
-        for start in range(0, len(order), self.batch_size):
-            yield {name: x[order[start : start + self.batch_size]] for name, x in self.arrays.items()}
