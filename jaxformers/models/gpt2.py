@@ -1,0 +1,166 @@
+"""GPT-2 (Radford et al. 2019): pre-norm decoder with learned positions and tied embeddings."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Int
+
+from jaxformers import nn
+from jaxformers.models import config as configs
+from jaxformers.models.keymap import HF
+
+NAMES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "hidden_act": "activation_function",
+    "hidden_dropout_prob": "resid_pdrop",
+    "attention_probs_dropout_prob": "attn_pdrop",
+    "embedding_dropout_prob": "embd_pdrop",
+    "max_position_embeddings": "n_positions",
+    "layer_norm_eps": "layer_norm_epsilon",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and rates of a GPT-2. ``intermediate_size`` None stands for four times the width.
+
+    Scores are multiplied by head size^-1/2 (``scale_attn_weights``) and by 1 / (layer + 1)
+    (``scale_attn_by_inverse_layer_idx``; such layers differ, so they cannot be stacked for a scan).
+    """
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu_new"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    embedding_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    max_position_embeddings: int = 1024
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
+    num_labels: int = 2
+    hf: str = dataclasses.field(default="{}", repr=False, compare=False)
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
+        if hf.get("add_cross_attention"):
+            raise ValueError("config.json: add_cross_attention: GPT-2 is loaded as a decoder of its own only")
+        return configs.from_hf(cls, hf, NAMES)
+
+    def to_hf(self) -> dict[str, Any]:
+        return configs.to_hf(self, NAMES, "gpt2")
+
+
+class GPT2(nnx.Module):
+    """``embeddings`` → ``layers`` → ``final_norm`` → ``head``. Heads: causal_lm, sequence_ and token_classification."""
+
+    def __init__(self, config: Config, *, head: str | None = None, rngs: nnx.Rngs):
+        self.path, self.source, self.surgery = "", None, ()
+        self.config, self.head_name = config, head
+        c, std = config, config.initializer_range
+        self.embeddings = nn.Embeddings(
+            c.vocab_size,
+            c.hidden_size,
+            positions=c.max_position_embeddings,
+            rate=c.embedding_dropout_prob,
+            std=std,
+            rngs=rngs,
+        )
+        self.layers = nn.Layers([self._block(c, i, rngs) for i in range(c.num_hidden_layers)])
+        self.final_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.head = nnx.data(None)
+        if head == "causal_lm":
+            self.head = nn.CausalLMHead(c.hidden_size, c.vocab_size, tied=c.tie_word_embeddings, std=std, rngs=rngs)
+        elif head == "sequence_classification":
+            self.head = nn.ClassificationHead(c.hidden_size, c.num_labels, bias=False, std=std, rngs=rngs)
+        elif head == "token_classification":
+            rate = 0.1 if c.classifier_dropout is None else c.classifier_dropout
+            self.head = nn.ClassificationHead(c.hidden_size, c.num_labels, rate=rate, std=std, rngs=rngs)
+
+    @staticmethod
+    def _block(c: Config, layer: int, rngs: nnx.Rngs) -> nn.Block:
+        size = c.hidden_size // c.num_attention_heads
+        scale = size**-0.5 if c.scale_attn_weights else 1.0
+        attention = nn.Attention(
+            c.hidden_size,
+            c.num_attention_heads,
+            scale=scale / (layer + 1) if c.scale_attn_by_inverse_layer_idx else scale,
+            rate=c.attention_probs_dropout_prob,
+            std=c.initializer_range,
+            rngs=rngs,
+        )
+        hidden = c.intermediate_size or 4 * c.hidden_size
+        mlp = nn.MLP(c.hidden_size, hidden, act=c.hidden_act, std=c.initializer_range, rngs=rngs)
+        norms = (nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps) for _ in range(2))
+        return nn.Block(attention, mlp, *norms, prenorm=True, rate=c.hidden_dropout_prob)
+
+    def empty_cache(self, batch: int, slots: int) -> nn.Cache:
+        """A cache for ``batch`` sequences of up to ``slots`` tokens, in the embeddings' dtype."""
+        nn.check_length(slots, self.config.max_position_embeddings)
+        dtype = self.embeddings.token.embedding.get_value().dtype
+        return nn.new_cache(self.layers.empty_cache(batch, slots, dtype), batch, slots)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch length"] | None = None,
+        attention_mask: Int[Array, "batch length"] | None = None,
+        position_ids: Int[Array, "#batch length"] | None = None,
+        *,
+        inputs_embeds: jax.Array | None = None,
+        cache: nn.Cache | None = None,
+        logits_to_keep: int = 0,
+        rngs: jax.Array | None = None,
+    ) -> nn.Output:
+        """Without ``position_ids`` the positions are the slots, as in Hugging Face, also when padded on the left."""
+        batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        nn.check_length(length, self.config.max_position_embeddings)
+        embed_key, layers_key, head_key = nn.split(rngs, 3)
+        mask, slots, cache = nn.causal_mask(batch, length, attention_mask, cache)
+        x = self.embeddings(
+            input_ids,
+            position_ids=slots if position_ids is None else position_ids,
+            inputs_embeds=inputs_embeds,
+            key=embed_key,
+        )
+        layer_caches = None if cache is None else cache.layers
+        h, layer_caches = self.layers(x, mask=mask, cache=layer_caches, key=layers_key)
+        cache = nn.advance(cache, layer_caches, length)
+        h = self.final_norm(h)
+        return nn.decoder_output(self, h, input_ids, attention_mask, cache, logits_to_keep, head_key)
+
+
+Model = GPT2
+PREFIX = "transformer"
+KEYS = {
+    "embeddings.token": "wte",
+    "embeddings.position": "wpe",
+    "layers.{}.attention.query": HF("h.{}.attn.c_attn", conv1d=True, part=(0, 3)),
+    "layers.{}.attention.key": HF("h.{}.attn.c_attn", conv1d=True, part=(1, 3)),
+    "layers.{}.attention.value": HF("h.{}.attn.c_attn", conv1d=True, part=(2, 3)),
+    "layers.{}.attention.out": HF("h.{}.attn.c_proj", conv1d=True),
+    "layers.{}.attention_norm": "h.{}.ln_1",
+    "layers.{}.mlp.up": HF("h.{}.mlp.c_fc", conv1d=True),
+    "layers.{}.mlp.down": HF("h.{}.mlp.c_proj", conv1d=True),
+    "layers.{}.mlp_norm": "h.{}.ln_2",
+    "final_norm": "ln_f",
+}
+HEADS = {
+    "causal_lm": ("GPT2LMHeadModel", {"head.decoder": "lm_head"}),
+    "sequence_classification": ("GPT2ForSequenceClassification", {"head.classifier": "score"}),
+    "token_classification": ("GPT2ForTokenClassification", {"head.classifier": "classifier"}),
+}
+BASE_CLASS = "GPT2Model"
+IGNORED = (r"h\.\d+\.attn\.(bias|masked_bias)",)  # the causal mask, stored by old versions

@@ -1,0 +1,157 @@
+"""RoBERTa (arXiv 1907.11692), XLM-RoBERTa (1911.02116), CamemBERT (1911.03894): BERT whose positions skip padding."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int
+
+from jaxformers import nn
+from jaxformers.models import config as configs
+from jaxformers.models.bert import encoder_block
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and rates of a RoBERTa. Positions start at ``pad_token_id + 1``: 514 rows serve 512 tokens."""
+
+    vocab_size: int = 50265
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    max_position_embeddings: int = 514
+    type_vocab_size: int = 1
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    pad_token_id: int = 1
+    tie_word_embeddings: bool = True
+    num_labels: int = 2
+    pooler: bool = True
+    hf: str = dataclasses.field(default="{}", repr=False, compare=False)
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
+        if hf.get("is_decoder") or hf.get("add_cross_attention"):
+            raise ValueError("config.json: is_decoder/add_cross_attention: RoBERTa is loaded as an encoder only")
+        absolute = hf.get("position_embedding_type") or "absolute"
+        if absolute != "absolute":
+            raise ValueError(f"config.json: position_embedding_type {absolute!r} is not supported, only 'absolute'")
+        return configs.from_hf(cls, hf, {})
+
+    def to_hf(self) -> dict[str, Any]:
+        model_type = json.loads(self.hf).get("model_type", "roberta")  # or xlm-roberta, camembert
+        return configs.to_hf(self, {}, model_type, skip=("pooler",))
+
+
+class Roberta(nnx.Module):
+    """``embeddings`` → ``layers`` → ``pooler`` or ``head``. Heads: masked_lm, sequence_ and token_classification."""
+
+    def __init__(self, config: Config, *, head: str | None = None, rngs: nnx.Rngs):
+        self.path, self.source, self.surgery = "", None, ()
+        self.config, self.head_name = config, head
+        c, std = config, config.initializer_range
+        self.embeddings = nn.Embeddings(
+            c.vocab_size,
+            c.hidden_size,
+            positions=c.max_position_embeddings,
+            token_types=c.type_vocab_size,
+            eps=c.layer_norm_eps,
+            rate=c.hidden_dropout_prob,
+            std=std,
+            rngs=rngs,
+        )
+        self.layers = nn.Layers([encoder_block(c, rngs) for _ in range(c.num_hidden_layers)])
+        with_pooler = head is None and c.pooler
+        self.pooler = nn.Linear(c.hidden_size, c.hidden_size, std=std, rngs=rngs) if with_pooler else None
+        self.head = nnx.data(None)
+        if head == "masked_lm":
+            self.head = nn.MaskedLMHead(
+                c.hidden_size,
+                c.vocab_size,
+                act="gelu",  # whatever hidden_act says
+                eps=c.layer_norm_eps,
+                tied=c.tie_word_embeddings,
+                std=std,
+                rngs=rngs,
+            )
+        elif head in ("sequence_classification", "token_classification"):
+            rate = c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
+            dense = "tanh" if head == "sequence_classification" else None
+            self.head = nn.ClassificationHead(
+                c.hidden_size, c.num_labels, dense=dense, rate=rate, dense_rate=rate, std=std, rngs=rngs
+            )
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch length"] | None = None,
+        attention_mask: Int[Array, "batch length"] | None = None,
+        token_type_ids: Int[Array, "batch length"] | None = None,
+        position_ids: Int[Array, "#batch length"] | None = None,
+        *,
+        inputs_embeds: jax.Array | None = None,
+        rngs: jax.Array | None = None,
+    ) -> nn.Output:
+        """Positions come from the ids that are not padding, whatever ``attention_mask`` says, as in Hugging Face."""
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        first = self.config.pad_token_id + 1
+        nn.check_length(length, self.config.max_position_embeddings - first)
+        embed_key, layers_key, head_key = nn.split(rngs, 3)
+        if position_ids is None:
+            by_ids = inputs_embeds is None
+            position_ids = nn.padded_positions(input_ids, first - 1) if by_ids else jnp.arange(length)[None] + first
+        x = self.embeddings(
+            input_ids,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            key=embed_key,
+        )
+        h, _ = self.layers(x, mask=nn.Mask(valid=attention_mask), key=layers_key)
+        pooled = None if self.pooler is None else jnp.tanh(self.pooler(h[:, 0]))
+        return nn.encoder_output(self, h, attention_mask, pooled, head_key)
+
+
+Model = Roberta
+PREFIX = "roberta"
+KEYS = {
+    "embeddings.token": "embeddings.word_embeddings",
+    "embeddings.position": "embeddings.position_embeddings",
+    "embeddings.token_type": "embeddings.token_type_embeddings",
+    "embeddings.norm": "embeddings.LayerNorm",
+    "layers.{}.attention.query": "encoder.layer.{}.attention.self.query",
+    "layers.{}.attention.key": "encoder.layer.{}.attention.self.key",
+    "layers.{}.attention.value": "encoder.layer.{}.attention.self.value",
+    "layers.{}.attention.out": "encoder.layer.{}.attention.output.dense",
+    "layers.{}.attention_norm": "encoder.layer.{}.attention.output.LayerNorm",
+    "layers.{}.mlp.up": "encoder.layer.{}.intermediate.dense",
+    "layers.{}.mlp.down": "encoder.layer.{}.output.dense",
+    "layers.{}.mlp_norm": "encoder.layer.{}.output.LayerNorm",
+    "pooler": "pooler.dense",
+}
+HEADS = {
+    "masked_lm": (
+        "RobertaForMaskedLM",
+        {
+            "head.dense": "lm_head.dense",
+            "head.norm": "lm_head.layer_norm",
+            "head.decoder": "lm_head.decoder",
+            "head.bias": "lm_head.bias",
+        },
+    ),
+    "sequence_classification": (
+        "RobertaForSequenceClassification",
+        {"head.dense": "classifier.dense", "head.classifier": "classifier.out_proj"},
+    ),
+    "token_classification": ("RobertaForTokenClassification", {"head.classifier": "classifier"}),
+}
+BASE_CLASS = "RobertaModel"
+IGNORED = (r".*position_ids",)
