@@ -88,4 +88,3 @@ def cast(flat: Mapping[str, jax.Array], dtype: Any) -> Flat:
 def master(x: jax.Array) -> jax.Array:
     """A copy of ``x`` to be donated, in float32 at least: an update of relative size 1e-3 is lost in bfloat16."""
     return jnp.array(x, dtype=jnp.promote_types(x.dtype, jnp.float32), copy=True)
-

@@ -67,7 +67,7 @@ def make_step(
     def step(state: State, frozen: Flat, batch: Any, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(key, state.step)
         grads, metrics = (one if accumulate == 1 else many)(state.params, frozen, batch, key)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         good = finite if skip_nonfinite else finite & (state.failed < 0)
 

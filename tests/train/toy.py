@@ -1,0 +1,84 @@
+"""A two-layer perceptron, data and an objective for the tests of the loop; run as a script it is a run to be killed.
+
+python toy.py DIRECTORY OUT.npz [--kill-at N] [--term-at N] [--mesh data=2,fsdp=4] [--steps N] …
+"""
+
+import argparse
+import os
+import signal
+from pathlib import Path
+
+import jaxformers  # noqa: F401  (before jax: it keeps an idle libtpu quiet)
+
+import jax  # isort: skip
+import jax.numpy as jnp
+import numpy as np
+
+from jaxformers.data.batches import array_batches
+from jaxformers.train import OptimConfig, TrainConfig, fit
+
+
+def apply(params, batch, *, rngs=None):
+    h = jnp.tanh(batch["x"] @ params["layers"]["0"]["kernel"] + params["layers"]["0"]["bias"])
+    if rngs is not None:  # dropout: the keys of a resumed run must be those of the unbroken one
+        h = h * jax.random.bernoulli(rngs, 0.9, h.shape) / 0.9
+    return h @ params["head"]["kernel"]
+
+
+def objective(apply, params, batch, key):
+    error = apply(params, batch, rngs=key) - batch["y"]
+    return jnp.mean(error.astype(jnp.float32) ** 2), {"worst": jnp.abs(error).max()}
+
+
+def parameters(width=32, seed=0):
+    k0, k1 = jax.random.split(jax.random.key(seed))
+    return {
+        "layers": {"0": {"kernel": 0.3 * jax.random.normal(k0, (4, width)), "bias": jnp.zeros(width)}},
+        "head": {"kernel": 0.3 * jax.random.normal(k1, (width, 2))},
+    }
+
+
+def arrays(n=96):
+    x = np.random.default_rng(0).normal(size=(n, 4)).astype(np.float32)
+    return {"x": x, "y": np.stack([np.sin(x.sum(1)), x.prod(1)], 1).astype(np.float32)}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory")
+    parser.add_argument("out")
+    parser.add_argument("--kill-at", type=int, default=0)
+    parser.add_argument("--term-at", type=int, default=0)
+    parser.add_argument("--mesh")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--checkpoint-every", type=int, default=7)
+    args = parser.parse_args()
+
+    def signals(batch, seen=[0]):  # noqa: B006  (counts on purpose)
+        seen[0] += 1
+        if seen[0] == args.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if seen[0] == args.term_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # a second one while the first is being served changes nothing
+        return batch
+
+    data = array_batches(arrays(), 16, seed=3, threads=0, transform=signals)
+    config = TrainConfig(
+        steps=args.steps,
+        optim=OptimConfig(learning_rate=1e-2, schedule="cosine", warmup=5, weight_decay=0.1),
+        accumulate=2,
+        ema=0.9,
+        checkpoint_every=args.checkpoint_every,
+        log_every=5,
+    )
+    mesh = jaxformers.mesh(args.mesh) if args.mesh else None
+    result = fit(
+        objective, (apply, parameters()), data, config, key=jax.random.key(7), directory=args.directory, mesh=mesh
+    )
+    named = jax.tree_util.tree_flatten_with_path({"params": result.params, "ema": result.ema})[0]
+    np.savez(Path(args.out), step=result.step, **{jax.tree_util.keystr(k): np.asarray(x) for k, x in named})
+
+
+if __name__ == "__main__":
+    main()
