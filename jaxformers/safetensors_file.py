@@ -97,15 +97,10 @@ class LazyTensor:
             return array.astype(dtype or self.dtype)
         return array
 
-    def release(self) -> None:
-        """Lets the system drop the pages that reading brought in. Views stay valid (they are read again when used)."""
-        start = self.offset // mmap.PAGESIZE * mmap.PAGESIZE
-        if self.nbytes and hasattr(mmap, "MADV_DONTNEED"):
-            self.file.map().madvise(mmap.MADV_DONTNEED, start, self.offset + self.nbytes - start)
-
     def _view(self) -> np.ndarray:
         if not self.nbytes:
             return np.empty(self.shape, self.dtype)
+        self.file._touched.add((self.offset, self.nbytes))
         count = self.nbytes // self.dtype.itemsize
         return np.frombuffer(self.file.map(), self.dtype, count, self.offset).reshape(self.shape)
 
@@ -120,6 +115,7 @@ class SafetensorsFile(Mapping[str, LazyTensor]):
     def __init__(self, path: str | os.PathLike, *, check_finite: bool = False):
         self.path = Path(path)
         self._map: mmap.mmap | None = None
+        self._touched: set[tuple[int, int]] = set()  # (offset, bytes) read since the last release
         header, data_start, data_bytes = _read_valid_header(self.path)
         self._size = data_start + data_bytes
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
@@ -159,6 +155,14 @@ class SafetensorsFile(Mapping[str, LazyTensor]):
             if len(self._map) != self._size:
                 raise CheckpointError(f"{self.path}: has changed since it was opened")
         return self._map
+
+    def release(self) -> None:
+        """Lets the system drop the pages that reading brought in. Views stay valid: they are read again when used."""
+        for offset, count in self._touched:
+            start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+            if hasattr(mmap, "MADV_DONTNEED"):
+                self.map().madvise(mmap.MADV_DONTNEED, start, offset + count - start)
+        self._touched.clear()
 
 
 def read_header(path: str | os.PathLike) -> dict[str, Any]:

@@ -59,6 +59,11 @@ class Checkpoint(Mapping[str, LazyTensor]):
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
+    def release(self) -> None:
+        """Lets the system drop the pages of what was read (`SafetensorsFile.release`): call it after each tensor."""
+        for file in self.files:
+            file.release()
+
 
 def open_checkpoint(directory: str | os.PathLike, *, check_finite: bool = False) -> Checkpoint:
     """Opens the safetensors checkpoint in `directory`: one file or shards with an index; reads headers only.

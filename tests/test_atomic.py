@@ -17,7 +17,6 @@ from jaxformers import atomic
 from jaxformers.atomic import json_bytes, replace_directory, write_bytes_atomic, write_json_atomic, write_text_atomic
 from jaxformers.safetensors_io import open_checkpoint, write_checkpoint
 
-pytestmark = pytest.mark.core
 MEGABYTE = np.zeros(1 << 18, np.float32)
 
 

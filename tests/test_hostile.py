@@ -21,7 +21,6 @@ from safetensors.numpy import load_file, save_file
 import jaxformers
 from jaxformers.safetensors_io import CheckpointError, open_checkpoint, read_json
 
-pytestmark = pytest.mark.core
 CONFIG = {
     "architectures": ["BertModel"],
     "model_type": "bert",

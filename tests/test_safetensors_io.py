@@ -1,6 +1,7 @@
 """Checkpoint files: the reference implementation as oracle, round trips, sharding, laziness, corruption."""
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,8 +22,6 @@ from jaxformers.safetensors_io import (
     write_checkpoint,
     write_tensors,
 )
-
-pytestmark = pytest.mark.core
 
 
 def random_array(rng, kind: str, shape: tuple) -> np.ndarray:
@@ -136,9 +135,27 @@ def test_reading_is_lazy_zero_copy_and_sliced(tmp_path):
     assert same_bits(tensor[10:20, ::7], array[10:20, ::7])
     assert same_bits(tensor[5], array[5]) and same_bits(tensor[..., 3:4], array[..., 3:4])
     assert same_bits(np.asarray(tensor, np.float64), array.astype(np.float64))
-    tensor.release()
-    checkpoint["v"].release()
+    checkpoint.release()
     assert same_bits(view, array)  # read again from the file
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_released_pages_leave_memory(tmp_path):
+    def mapped() -> float:
+        """Megabytes of files in this process's memory."""
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("RssFile"))
+
+    names = [f"t{i}" for i in range(8)]
+    write_checkpoint([(name, np.ones(4 << 20, np.float32)) for name in names], tmp_path / "c")  # 16 MB each
+    checkpoint, before = open_checkpoint(tmp_path / "c"), mapped()
+    views = []
+    for name in names:
+        views.append(checkpoint[name].read())
+        assert views[-1].sum() == 4 << 20 and mapped() - before > 8
+        checkpoint.release()
+        assert mapped() - before < 8
+    assert sum(view.sum() for view in views) == 8 * (4 << 20) and mapped() - before > 100
 
 
 def test_header_length_that_looks_like_a_pickle(tmp_path):
