@@ -120,7 +120,6 @@ def _columns(
 ) -> tuple[Array, Array, Array, Array]:
     """Algorithm 1 on columns already in order: (codes, scales, zeros, loss). Padded columns are 0 and stay 0."""
     n, out = W.shape
-    S = max(s for s in (16, 8, 4, 2, 1) if B % s == 0)
     padded = -(-n // B) * B
     chunk = B * max(c for c in (4, 3, 2, 1) if (padded // B) % c == 0)
     rows = -(-padded // g) * g if dynamic else padded  # a group that starts in the padding is read in full
@@ -131,51 +130,40 @@ def _columns(
     keep = None if mask is None else jnp.pad(mask, ((0, padded - n), (0, 0)), constant_values=True)
     tables = tuple(jnp.zeros((rows // g, out)) for _ in range(2)) if dynamic else fitted
     dot = functools.partial(jnp.matmul, precision="highest")
-    cut = jax.lax.dynamic_slice_in_dim
-    put = jax.lax.dynamic_update_slice_in_dim
+    cut, put = jax.lax.dynamic_slice_in_dim, jax.lax.dynamic_update_slice_in_dim
+    row = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
 
-    def column(j: Array, state: Any, first: Array, W: Array, U_S: Array) -> Any:
-        """Round column `first + j`, the j-th of S; `W` is the kernel as it was when the block began."""
-        w_S, e_S, q_S, loss, current, tables = state
-        i = first + j
+    def column(j: Array, state: Any, i1: Array, W: Array, U_B: Array) -> Any:
+        """Round column `i1 + j`; `W` is the kernel as it was when the block began, `e_B` 0 from j on."""
+        e_B, codes, tables = state
+        i = i1 + j
         if dynamic:
-            current = jax.lax.cond(i % g == 0, lambda: grids.fit(grid, cut(W, i, g)), lambda: current)
+            refit = lambda: grids.fit(grid, cut(W, i, g))  # noqa: E731
+            current = jax.lax.cond(i % g == 0, refit, lambda: tuple(row(t, i // g) for t in tables))
             tables = tuple(put(t, c[None], i // g, 0) for t, c in zip(tables, current, strict=True))
         else:
-            current = tuple(t[groups[i]] for t in tables)
-        w, d = w_S[j], U_S[j, j]
-        q = grids.quantize(grid, w, *current)
+            current = tuple(row(t, groups[i]) for t in tables)
+        w = row(W, i) - dot(row(U_B.T, j), e_B)
+        code = grids.quantize(grid, w, *current)
         if keep is not None:
-            q = jnp.where(keep[i], q, grids.zero_code(grid, current[1]))
-        e = (w - grids.dequantize(grid, q, *current)) / d
-        w_S = w_S - U_S[j][:, None] * e
-        return w_S, e_S.at[j].set(e), q_S.at[j].set(q), loss + e * e, current, tables
-
-    def sixteen(s: Array, state: Any, first: Array, W: Array, U_B: Array) -> Any:
-        w_B, e_B, q_B, loss, current, tables = state
-        U_s = cut(U_B, s * S, S)  # (S, B)
-        inner = (cut(w_B, s * S, S), jnp.zeros((S, out)), jnp.zeros((S, out), jnp.uint8), loss, current, tables)
-        step = functools.partial(column, first=first + s * S, W=W, U_S=cut(U_s, s * S, S, 1))
-        _, e_S, q_S, loss, current, tables = jax.lax.fori_loop(0, S, step, inner)
-        w_B = w_B - dot(U_s.T, e_S)  # rows of columns already done change too, and are never read again
-        return w_B, put(e_B, e_S, s * S, 0), put(q_B, q_S, s * S, 0), loss, current, tables
+            code = jnp.where(row(keep, i), code, grids.zero_code(grid, current[1]))
+        e = (w - grids.dequantize(grid, code, *current)) / U_B[j, j]
+        return put(e_B, e[None], j, 0), put(codes, code[None], i, 0), tables
 
     def block(b: Array, state: Any) -> Any:
-        W, codes, loss, current, tables = state
+        W, codes, loss, tables = state
         i1 = b * B
         U_rows = cut(U, i1, B)  # (B, padded)
-        inner = (cut(W, i1, B), jnp.zeros((B, out)), jnp.zeros((B, out), jnp.uint8), loss, current, tables)
-        step = functools.partial(sixteen, first=i1, W=W, U_B=cut(U_rows, i1, B, 1))
-        _, e_B, q_B, loss, current, tables = jax.lax.fori_loop(0, B // S, step, inner)
+        step = functools.partial(column, i1=i1, W=W, U_B=cut(U_rows, i1, B, 1))
+        e_B, codes, tables = jax.lax.fori_loop(0, B, step, (jnp.zeros((B, out)), codes, tables))
 
-        def trail(c: Array, W: Array) -> Array:
+        def trail(c: Array, W: Array) -> Array:  # rows already done change too, and are never read again
             return put(W, cut(W, c * chunk, chunk) - dot(cut(U_rows, c * chunk, chunk, 1).T, e_B), c * chunk, 0)
 
         W = jax.lax.fori_loop((i1 + B) // chunk, padded // chunk, trail, W)
-        return W, put(codes, q_B, i1, 0), loss, current, tables
+        return W, codes, loss + jnp.sum(e_B**2, axis=0), tables
 
-    current = (jnp.zeros(out), jnp.zeros(out))
-    state = (W, jnp.zeros((padded, out), jnp.uint8), jnp.zeros(out), current, tables)
-    _, codes, loss, _, tables = jax.lax.fori_loop(0, padded // B, block, state)
+    state = (W, jnp.zeros((padded, out), jnp.uint8), jnp.zeros(out), tables)
+    _, codes, loss, tables = jax.lax.fori_loop(0, padded // B, block, state)
     n_groups = -(-n // g)
     return codes[:n], tables[0][:n_groups], tables[1][:n_groups], loss.sum() / 2

@@ -57,14 +57,15 @@ def damped_factor(H: Float[Array, "in in"], damp: Array | float, tries: int = 5)
 
     When all `tries` fail the factor is not finite: the caller must look.
     """
-    mean, eye = jnp.mean(jnp.diagonal(H)), jnp.eye(H.shape[0], dtype=H.dtype)
-    factor = lambda d: inverse_factor(H + d * mean * eye)  # noqa: E731
-    finite = lambda U: jnp.all(jnp.isfinite(U))  # noqa: E731
+    mean, n = jnp.mean(jnp.diagonal(H)), H.shape[0]
+    diagonal = jax.lax.broadcasted_iota(jnp.int32, (n, n), 0) == jax.lax.broadcasted_iota(jnp.int32, (n, n), 1)
+    factor = lambda d: inverse_factor(H + jnp.where(diagonal, d * mean, 0))  # noqa: E731
+    failed = lambda U: ~jnp.all(jnp.isfinite(jnp.diagonal(U)))  # noqa: E731  a failure reaches the diagonal
 
     def retry(state):
-        i, d, U = state
+        i, d, _ = state
         return i + 1, 10 * d, factor(10 * d)
 
     damp = jnp.asarray(damp, jnp.float32)
-    state = jax.lax.while_loop(lambda s: ~finite(s[2]) & (s[0] < tries), retry, (1, damp, factor(damp)))
+    state = jax.lax.while_loop(lambda s: failed(s[2]) & (s[0] < tries), retry, (1, damp, factor(damp)))
     return state[2], state[1]
