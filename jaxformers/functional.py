@@ -4,6 +4,7 @@
 are the module paths (``params["layers"]["0"]["attention"]["query"]["kernel"]``).
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 from flax import nnx
 
 from jaxformers import surgery
-from jaxformers.nn.block import Layers, stack, unstack
+from jaxformers.nn.block import REMAT, Layers, stack, unstack
 from jaxformers.nn.output import Output
 
 Params = dict[str, Any]
@@ -30,6 +31,8 @@ def functional(model: nnx.Module, *, scan_layers: bool = False, remat: str | Non
 
     Raises ValueError when ``scan_layers`` is asked for and layers differ, or for an unknown ``remat``.
     """
+    if remat is not None and remat not in REMAT:
+        raise ValueError(f"remat: expected None or one of {', '.join(REMAT)}, got {remat!r}")
     model = surgery.copy(model)
     for _, module in list(nnx.iter_modules(model)):
         for name, child in list(vars(module).items()):
@@ -40,9 +43,20 @@ def functional(model: nnx.Module, *, scan_layers: bool = False, remat: str | Non
     graph, state = nnx.split(surgery.named(model))
 
     def apply(params: Params, batch: Mapping[str, Any], *, rngs: jax.Array | None = None) -> Output:
-        return nnx.merge(graph, params)(**batch, rngs=rngs)
+        model = nnx.merge(graph, params)
+        return model(**inputs(model, batch), rngs=rngs)
 
     return apply, nnx.to_pure_dict(state)
+
+
+def inputs(model: nnx.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of ``batch`` that ``model`` reads. Tokenizers make ``token_type_ids`` for every architecture; those
+    without token types do without. Any other name that the model does not know is a ValueError."""
+    known = [name for name in inspect.signature(type(model).__call__).parameters if name not in ("self", "rngs")]
+    for name in batch:
+        if name not in known and name != "token_type_ids":
+            raise ValueError(f"batch: {name!r} is no input of {type(model).__name__}; it takes {', '.join(known)}")
+    return {name: value for name, value in batch.items() if name in known}
 
 
 def with_params(model: nnx.Module, params: Params) -> nnx.Module:

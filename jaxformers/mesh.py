@@ -30,7 +30,7 @@ LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("**embeddings.token.embedding", ("vocab", "embed")),
     ("**embeddings.*.embedding", (None, "embed")),
     ("**head.decoder.kernel", ("embed", "vocab")),
-    ("head.bias", ("vocab",)),
+    ("head.{bias,decoder.bias}", ("vocab",)),
     ("**.kernel", ("embed", None)),
 )
 

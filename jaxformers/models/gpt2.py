@@ -109,7 +109,6 @@ class GPT2(nnx.Module):
 
     def empty_cache(self, batch: int, slots: int) -> nn.Cache:
         """A cache for ``batch`` sequences of up to ``slots`` tokens, in the embeddings' dtype."""
-        nn.check_length(slots, self.config.max_position_embeddings)
         dtype = self.embeddings.token.embedding.get_value().dtype
         return nn.new_cache(self.layers.empty_cache(batch, slots, dtype), batch, slots)
 
@@ -126,7 +125,7 @@ class GPT2(nnx.Module):
     ) -> nn.Output:
         """Without ``position_ids`` the positions are the slots, as in Hugging Face, also when padded on the left."""
         batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        nn.check_length(length, self.config.max_position_embeddings)
+        nn.check_length(length, self.config.max_position_embeddings, cache if position_ids is None else None)
         embed_key, layers_key, head_key = nn.split(rngs, 3)
         mask, slots, cache = nn.causal_mask(batch, length, attention_mask, cache)
         x = self.embeddings(

@@ -117,7 +117,6 @@ class OPT(nnx.Module):
 
     def empty_cache(self, batch: int, slots: int) -> nn.Cache:
         """A cache for ``batch`` sequences of up to ``slots`` tokens, in the embeddings' dtype."""
-        nn.check_length(slots, self.config.max_position_embeddings)
         dtype = self.embeddings.token.embedding.get_value().dtype
         return nn.new_cache(self.layers.empty_cache(batch, slots, dtype), batch, slots)
 

@@ -8,6 +8,8 @@ from flax import nnx
 from jaxformers import paths, weights
 from jaxformers.models.keymap import HF, all_keys, lookup
 
+FUSED = {"weight", "bias", "qweight", "qzeros", "scales", "g_idx"}  # tensors that the parts of a fused layer share
+
 
 def to_tensors(model: nnx.Module, arch: Any) -> tuple[list[tuple], dict[str, np.ndarray]]:
     """``[(name, shape, dtype, read)]`` for the checkpoint, and the tensors of a sentence head's Dense module."""
@@ -48,23 +50,27 @@ def _layer_tensors(path: str, entry: HF, leaf_name: str, leaf: Any) -> list[tupl
 
 
 def _fused_tensors(name: str, leaf_kind: str, parts: list[tuple[HF, str, Any]]) -> list[tuple]:
-    """Concatenate the outputs of layers that the checkpoint keeps as one."""
+    """Concatenate the outputs of layers that the checkpoint keeps as one.
+
+    What only a typed weight has (a low-rank update, a mask) is stored under the number of its part:
+    ``c_attn.0.lora_A.weight`` belongs to the first.
+    """
     layers = [{s: read for s, _, _, read in _layer_tensors(f".{leaf_kind}", *part)} for part in parts]
-    if any(set(layer) != set(layers[0]) for layer in layers):
+    own = [(f"{i}.{s}", layer[s]()) for i, layer in enumerate(layers) for s in layer if s not in FUSED]
+    out = [(f"{name}.{suffix}", a.shape, a.dtype, lambda a=a: a) for suffix, a in own]
+    shared = [set(layer) & FUSED for layer in layers]
+    if any(suffixes != shared[0] for suffixes in shared):
         raise ValueError(
             f"model: {name} is one tensor in the checkpoint, but its parts have different kinds of weights"
         )
-    out = []
-    for suffix in layers[0]:
+    for suffix in sorted(shared[0]):
         arrays = [layer[suffix]() for layer in layers]
         if suffix == "g_idx":
             if any(not np.array_equal(a, arrays[0]) for a in arrays):
                 raise ValueError(f"model: the parts of {name} order their groups differently; the layout cannot say so")
             joined = arrays[0]
-        elif suffix in ("weight", "bias", "qweight", "qzeros", "scales"):
+        else:
             axis = 0 if suffix == "weight" and not parts[0][0].conv1d else arrays[0].ndim - 1
             joined = np.concatenate(arrays, axis=axis)
-        else:
-            raise ValueError(f"model: {name} is one tensor in the checkpoint; merge {suffix} into its weights first")
         out.append((f"{name}.{suffix}", joined.shape, joined.dtype, lambda a=joined: a))
     return out

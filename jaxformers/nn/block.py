@@ -109,8 +109,6 @@ class Layers(nnx.Module):
         self, x: Array, *, cache: dict[str, Any] | None = None, key: jax.Array | None = None, **context: Any
     ) -> tuple[Array, dict[str, Any] | None]:
         """Run all blocks; ``context`` goes to each of them. Returns the last output and the new cache."""
-        if self.remat is not None and self.remat not in REMAT:
-            raise ValueError(f"remat: expected None or one of {', '.join(REMAT)}, got {self.remat!r}")
         return (self._scan if self.stacked else self._loop)(x, cache, key, context)
 
     def _checkpoint(self, body: Any) -> Any:

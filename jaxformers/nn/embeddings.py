@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxformers.nn.cache import Cache
 from jaxformers.nn.dropout import dropout
 from jaxformers.nn.linear import Embed, Linear
 from jaxformers.nn.norms import LayerNorm
@@ -66,10 +67,15 @@ class Embeddings(nnx.Module):
         return site(self.path, dropout(x, self.rate, key))
 
 
-def check_length(length: int, positions: int) -> None:
-    """Raise ValueError when an input is longer than the position table."""
-    if length > positions:
-        raise ValueError(f"input_ids: length {length} exceeds the {positions} positions of this model; truncate it")
+def check_length(length: int, positions: int, cache: Cache | None = None) -> None:
+    """Raise ValueError when an input is longer than the position table.
+
+    Tokens in ``cache`` count, outside of jit, where their number is known.
+    """
+    used = 0 if cache is None or isinstance(cache.used, jax.core.Tracer) else int(cache.used)
+    if used + length > positions:
+        cached = f" after {used} cached tokens" if used else ""
+        raise ValueError(f"input_ids: length {length}{cached} exceeds this model's {positions} positions; truncate it")
 
 
 def padded_positions(input_ids: Int[Array, "batch length"], pad_id: int) -> Int[Array, "batch length"]:

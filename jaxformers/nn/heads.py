@@ -20,19 +20,21 @@ from jaxformers.nn.pooling import normalize, pool
 
 
 class MaskedLMHead(nnx.Module):
-    """``norm(act(dense(h))) Eᵀ + bias`` with the token embeddings E, or a ``decoder`` of its own when untied."""
+    """``norm(act(dense(h))) Eᵀ + bias`` with the token embeddings E, or a ``decoder`` with its own bias when untied."""
 
     def __init__(self, width: int, vocab: int, *, act: str, eps: float, tied: bool, std: float, rngs: nnx.Rngs):
         self.path = ""
         self.act = act
         self.dense = Linear(width, width, std=std, rngs=rngs)
         self.norm = LayerNorm(width, eps=eps)
-        self.decoder = None if tied else Linear(width, vocab, bias=False, std=std, rngs=rngs)
-        self.bias = nnx.Param(jnp.zeros(vocab))
+        self.decoder = None if tied else Linear(width, vocab, std=std, rngs=rngs)
+        self.bias = nnx.Param(jnp.zeros(vocab)) if tied else None
 
     def __call__(self, h: Float[Array, "batch length width"], token: Embed) -> Float[Array, "batch length vocab"]:
         h = self.norm(activation(self.act)(self.dense(h)))
-        logits = token.attend(h) if self.decoder is None else self.decoder(h)
+        if self.decoder is not None:
+            return self.decoder(h)
+        logits = token.attend(h)
         return logits + self.bias.get_value().astype(logits.dtype)
 
 

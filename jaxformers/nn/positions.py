@@ -139,16 +139,19 @@ def rotate(
 def relative_buckets(
     query: Int[Array, "q"], key: Int[Array, "k"], *, buckets: int = 32, max_distance: int = 128, bidirectional: bool
 ) -> Int[Array, "q k"]:
-    """T5's buckets of the distance key − query (arXiv 1910.10683): exact when near, logarithmic when far."""
+    """T5's buckets of the distance key − query (arXiv 1910.10683): exact when near, logarithmic when far.
+
+    The logarithm is taken on the host, once per distance: an accelerator's rounding would move distances between
+    buckets.
+    """
+    signed = buckets // 2 if bidirectional else buckets
+    exact = signed // 2
+    near = np.arange(max_distance + 1)
+    far = np.log(np.maximum(near, 1).astype(np.float32) / np.float32(exact))
+    far = far / np.float32(math.log(max_distance / exact))
+    far = np.minimum(exact + (far * np.float32(signed - exact)).astype(np.int32), signed - 1)
+    table = jnp.asarray(np.where(near < exact, near, far), jnp.int32)  # |distance| -> bucket
     distance = key[None, :] - query[:, None]
-    base = jnp.zeros_like(distance)
-    if bidirectional:
-        buckets //= 2
-        base = jnp.where(distance > 0, buckets, 0)
-        distance = jnp.abs(distance)
-    else:
-        distance = jnp.maximum(-distance, 0)
-    exact = buckets // 2
-    far = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
-    far = jnp.minimum(exact + (far * (buckets - exact)).astype(jnp.int32), buckets - 1)
-    return base + jnp.where(distance < exact, distance, far)
+    if not bidirectional:
+        return table[jnp.clip(-distance, 0, max_distance)]
+    return jnp.where(distance > 0, signed, 0) + table[jnp.clip(jnp.abs(distance), 0, max_distance)]
