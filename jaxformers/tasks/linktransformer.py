@@ -32,7 +32,7 @@ import numpy as np
 
 from jaxformers import clustering, search
 from jaxformers.extras import require
-from jaxformers.tasks.linktransformer_classify import classify_rows, transform_rows
+from jaxformers.tasks.linktransformer_classify import classify_rows, train_clf_model, transform_rows
 from jaxformers.tasks.linktransformer_rows import (
     DEFAULT_MODEL,
     Columns,
@@ -52,6 +52,7 @@ from jaxformers.tasks.linktransformer_rows import (
     row_texts,
     serialize_columns,
 )
+from jaxformers.tasks.linktransformer_train import train_model
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LinkTransformer", "aggregate_rows", "all_pair_combos_evaluate", "classify_rows", "cluster_rows", "dedup_rows",
     "evaluate_pairs", "load_model", "merge", "merge_blocking", "merge_k_judge", "merge_knn", "merge_range",
-    "serialize_columns", "transform_rows",
+    "serialize_columns", "train_clf_model", "train_model", "transform_rows",
 ]  # fmt: skip
 
 logger = logging.getLogger("jaxformers.link")

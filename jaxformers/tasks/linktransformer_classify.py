@@ -1,4 +1,4 @@
-"""LinkTransformer's per-row functions: classify the rows of a table, or rewrite their texts."""
+"""LinkTransformer's per-row functions: classify the rows of a table (and train for it), or rewrite their texts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxformers import atomic, metrics
 from jaxformers.tasks.linktransformer_rows import (
     DEFAULT_SEP,
     Columns,
+    check_columns,
     check_new_column,
     is_module,
     on_columns,
@@ -54,7 +56,7 @@ def classify_rows(
     if logits.shape != (len(distinct), num_labels):
         raise ValueError(f"num_labels is {num_labels}, but the model gave logits of shape {logits.shape}")
     label = logits.argmax(1)[inverse]
-    if label_map is None:
+    if label_map is None or label_map == {str(i): i for i in range(num_labels)}:
         return df.assign(**{name: label})
     names = {number: text for text, number in label_map.items()}
     return df.assign(**{name: np.array([names[int(i)] for i in label], object)})
@@ -97,6 +99,162 @@ def transform_rows(
     return kept.assign(**{name: np.array(out, object)})
 
 
+def train_clf_model(
+    data: Any = None,
+    model: Any = "distilroberta-base",
+    on: Columns | None = None,
+    label_col_name: str = "label",
+    train_data: Any = None,
+    val_data: Any = None,
+    test_data: Any = None,
+    eval_steps: int = 30,
+    batch_size: int = 8,
+    lr: float = 2e-5,
+    epochs: int = 1,
+    model_save_dir: str = "models",
+    model_save_name: str = "classification_model",
+    weighted_loss: bool = False,
+    weight_list: Sequence[float] | None = None,
+    max_length: int | None = None,
+    seed: int = 22,
+    progress: bool = False,
+) -> str:
+    """Train a classifier of rows from the texts in `on`; returns the directory of the saved model.
+
+    `data` (a DataFrame, or a .csv or .xlsx file) is split 70/15/15, or `train_data` and `val_data` (and perhaps
+    `test_data`) are given. Labels become integers in the order they first appear in the training part (0, 1, … stay
+    what they are) and are saved as label_map.json, which `classify_rows` reads. AdamW with a linear schedule, without
+    warm-up, minimises cross-entropy; `weighted_loss` weighs each class by 1 - its share of the training rows, or by
+    `weight_list` (in the order of the label map). Every `eval_steps` steps and at the end the validation part is
+    scored; the parameters of best F1 (of class 1 where there are two classes, else the mean weighted by class size) are
+    saved, with all metrics in LT_evaluation.json.
+    """
+    from jaxformers.tasks.linktransformer_data import read_table, split_rows
+
+    if (data is None) == (train_data is None) or (train_data is not None and val_data is None):
+        raise ValueError("data: give either data (to be split), or train_data and val_data")
+    tables = {"data": data} if data is not None else {"train_data": train_data, "val_data": val_data}
+    if test_data is not None:
+        if data is not None:
+            raise ValueError("test_data goes with train_data, not with data (which is split here)")
+        tables["test_data"] = test_data
+    for name, least in (("eval_steps", eval_steps), ("batch_size", batch_size), ("epochs", epochs)):
+        if least < 1:
+            raise ValueError(f"{name} must be >= 1, got {least}")
+    if weight_list is not None and not weighted_loss:
+        raise ValueError("weight_list needs weighted_loss=True")
+    if on is None:
+        raise ValueError("on must name the column(s) to read")
+    frames = {name: read_table(table, name) for name, table in tables.items()}
+    for name, df in frames.items():
+        check_columns(df, on, "on", name)
+        check_columns(df, label_col_name, "label_col_name", name)
+    frames = {name: df.dropna(subset=[label_col_name]) for name, df in frames.items()}
+    if data is not None:
+        parts = split_rows(len(frames["data"]), (0.7, 0.15, 0.15), seed)
+        frames = {n: frames["data"].iloc[rows] for n, rows in zip(("train", "val", "test"), parts, strict=True)}
+    train_df, val_df, *rest = frames.values()
+    found = list(train_df[label_col_name].unique())
+    if all(isinstance(v, (int, np.integer)) for v in found) and sorted(found) == list(range(len(found))):
+        found = sorted(found)  # numbered already
+    label_map = {str(v): i for i, v in enumerate(found)}
+    if len(label_map) < 2:
+        raise ValueError(f"label_col_name: the training part holds {len(label_map)} class, two are needed")
+    labels = [_label_ids(df, label_col_name, label_map) for df in (train_df, val_df, *rest)]
+    weights = _class_weights(labels[0], len(label_map), weight_list) if weighted_loss else None
+
+    classifier = Classifier(model, num_labels=len(label_map), seed=seed)
+    texts = [row_texts(df, on, classifier.sep_token) for df in (train_df, val_df, *rest)]
+    trained, evaluation = _fit_classifier(
+        classifier, list(zip(texts, labels, strict=True)), weights, eval_steps, batch_size, lr, epochs, max_length,
+        seed, progress,
+    )  # fmt: skip
+    from jaxformers import hub
+
+    directory = Path(model_save_dir) / model_save_name
+    hub.save(trained, directory, classifier.tokenizer)
+    atomic.write_json_atomic(directory / "label_map.json", label_map)
+    atomic.write_json_atomic(directory / "LT_evaluation.json", evaluation)
+    return str(directory)
+
+
+def _fit_classifier(
+    classifier: Classifier, parts: list, weights: np.ndarray | None, eval_steps: int, batch_size: int, lr: float,
+    epochs: int, max_length: int | None, seed: int, progress: bool,
+) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+    """(model of best validation F1, evaluation); parts = (texts, labels) of training, validation and perhaps test."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxformers import train
+    from jaxformers.embedding import forward_texts
+    from jaxformers.functional import with_params
+    from jaxformers.tasks.linktransformer_data import tokenize
+
+    model, tokenizer = classifier.model, classifier.tokenizer
+    (texts, labels), (val_texts, val_labels), *test = parts
+    class_weights = None if weights is None else jnp.asarray(weights, jnp.float32)
+    size = min(batch_size, len(texts))
+
+    def batches():
+        rng = np.random.default_rng(seed)
+        while True:
+            order = rng.permutation(len(texts))
+            for start in range(0, len(order) - size + 1, size):
+                rows = order[start : start + size]
+                yield {"inputs": tokenize(tokenizer, [texts[i] for i in rows], max_length), "labels": labels[rows]}
+
+    def objective(apply, params, batch, key):
+        logits = apply(params, batch["inputs"], rngs=key).logits
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), batch["labels"][:, None], 1)[:, 0]
+        weight = jnp.ones_like(nll) if class_weights is None else class_weights[batch["labels"]]
+        return jnp.sum(weight * nll) / jnp.maximum(jnp.sum(weight), 1e-9), {}
+
+    def score(current: Any, texts: list[str], labels: np.ndarray) -> dict[str, float]:
+        logits = forward_texts(current, texts, "logits", tokenizer=tokenizer, max_length=max_length)
+        average = "binary" if logits.shape[1] == 2 else "weighted"
+        precision, recall, f1 = metrics.precision_recall_f1(labels, logits.argmax(1), average)
+        accuracy = metrics.accuracy(labels, logits.argmax(1))
+        return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1}
+
+    best: dict[str, Any] = {"f1": -1.0, "params": None}
+
+    def evaluate(params: Any, step: int) -> dict[str, float]:
+        found = score(with_params(model, params), val_texts, val_labels)
+        if found["f1"] > best["f1"]:  # copied: the next step reuses the memory
+            best.update(f1=found["f1"], params=jax.tree.map(jnp.copy, params), step=step)
+        return {f"eval_{name}": value for name, value in found.items()}
+
+    config = train.TrainConfig(
+        steps=epochs * max(1, len(texts) // size),
+        optim=train.OptimConfig(learning_rate=lr, schedule="linear"),
+        eval_every=eval_steps,
+        progress=progress,
+    )
+    result = train.fit(objective, model, batches(), config, key=jax.random.key(seed), evaluate=evaluate)
+    trained = with_params(model, best["params"])
+    evaluation = {"best_step": best["step"], "val": score(trained, val_texts, val_labels), "history": result.history}
+    evaluation["test"] = score(trained, *test[0]) if test else None
+    return trained, evaluation
+
+
+def _label_ids(df: DataFrame, column: str, label_map: Mapping[str, int]) -> np.ndarray:
+    unknown = [v for v in df[column].unique() if str(v) not in label_map]
+    if unknown:
+        raise ValueError(f"label_col_name: the label {unknown[0]!r} does not occur in the training part")
+    if not len(df):
+        raise ValueError("data: a part of the split is empty; there are too few rows")
+    return np.array([label_map[str(v)] for v in df[column]], np.int32)
+
+
+def _class_weights(labels: np.ndarray, n: int, given: Sequence[float] | None) -> np.ndarray:
+    if given is None:
+        return 1 - np.bincount(labels, minlength=n) / len(labels)
+    if len(given) != n or min(given) < 0 or not max(given) > 0:
+        raise ValueError(f"weight_list must hold {n} weights >= 0, one per class, got {list(given)}")
+    return np.asarray(given, np.float32)
+
+
 def _check_label_map(label_map: Mapping[str, int], num_labels: int) -> None:
     if len(label_map) != num_labels:
         raise ValueError(f"label_map has {len(label_map)} labels, but num_labels is {num_labels}")
@@ -107,12 +265,16 @@ def _check_label_map(label_map: Mapping[str, int], num_labels: int) -> None:
 class Classifier:
     """A row classifier: texts -> (n, labels) logits, with the names of its labels where it has any."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, num_labels: int | None = None, seed: int = 0):
+        """`num_labels`: to be trained on that many labels, with a new head where the checkpoint has none."""
         self.model, self.tokenizer, self.label_map = model, None, None
         if isinstance(model, (str, os.PathLike)):
+            import jax
+
             from jaxformers import hub
 
-            self.model = hub.load(os.fspath(model), head="sequence_classification")
+            new = {} if num_labels is None else {"num_labels": num_labels, "key": jax.random.key(seed)}
+            self.model = hub.load(os.fspath(model), head="sequence_classification", **new)
         if is_module(self.model):
             from jaxformers.data.tokenizers import load_tokenizer
 
