@@ -157,11 +157,14 @@ def _batches(
     texts, pairs = zip(*part, strict=True) if paired else (part, None)
     arrays = tokenizer(texts, pairs, max_length=limit, padding_side="right")
     length = arrays["attention_mask"].sum(1)
+    buckets = np.array(length_buckets(max(limit or 0, int(length.max()), 1)))
+    widths = buckets[np.searchsorted(buckets, length)]
     order = np.argsort(-length, kind="stable")
-    buckets = length_buckets(max(limit or 0, int(length.max()), 1))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        width = next(size for size in buckets if size >= length[rows[0]])
+    while len(order):
+        width = widths[order[0]]
+        rows = order[:batch_size]
+        rows = rows[2 * widths[rows] >= width]  # texts of less than half the length wait for a batch of their own
+        order = order[len(rows) :]
         size = min(max(8, 1 << (len(rows) - 1).bit_length()), batch_size)
         size = -(-size // ways) * ways  # every device gets as many rows
         batch = {}
