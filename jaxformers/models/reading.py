@@ -12,6 +12,7 @@ from flax import nnx
 from jaxformers import mesh as meshes
 from jaxformers import paths, surgery, weights
 from jaxformers.models.keymap import HF, all_keys, expected, lookup
+from jaxformers.safetensors_file import show
 from jaxformers.safetensors_io import Checkpoint, CheckpointError, LazyTensor
 from jaxformers.weights import gptq_format
 
@@ -26,10 +27,15 @@ class Names:
             plain = name.removeprefix(arch.PREFIX + ".")
             for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
                 plain = plain.replace(old, new)
+            if plain in self.in_file:
+                both = _some([self.in_file[plain], name])
+                raise CheckpointError(f"{checkpoint.directory}: several tensors for one parameter: {both}")
             self.in_file[plain] = name
 
     def get(self, name: str) -> LazyTensor | None:
         found = self.in_file.get(name)
+        if found is None and name.endswith(".decoder.bias"):  # masked-LM heads used to store it beside the decoder only
+            found = self.in_file.get(name.removesuffix("decoder.bias") + "bias")
         if found is not None:
             self.used.add(found)
         return None if found is None else self.checkpoint[found]
@@ -94,7 +100,10 @@ def fill(
     unmapped = _unmapped(names, arch, skip)
     if unmapped:
         raise CheckpointError(f"{checkpoint.directory}: tensors that have no place in this model: {_some(unmapped)}")
-    values = {path: _place(path, read(), dtype, mesh) for path, read in plan.items()}
+    values = {}
+    for path, read in plan.items():
+        values[path] = _place(path, read(), dtype, mesh)
+        checkpoint.release()  # the file's pages make room for the next tensor
     if fresh:
         values.update({path: _place(path, value, dtype, mesh) for path, value in _fresh(model, fresh, key).items()})
     for path, leaf in flat.items():
@@ -136,6 +145,8 @@ def _torch_like(tensors: Mapping[str, LazyTensor], entry: HF) -> Callable[[str],
     i, n = entry.part
 
     def read(suffix: str) -> np.ndarray | None:
+        if n > 1 and f"{i}.{suffix}" in tensors:  # belongs to this slice alone
+            return tensors[f"{i}.{suffix}"].read()
         if suffix not in tensors:
             if suffix == "g_idx":  # optional in the packed layout
                 return None
@@ -162,12 +173,8 @@ def _place(path: str, value: Any, dtype: Any, mesh: jax.sharding.Mesh | None) ->
             is_leaf=lambda a: a is not value and isinstance(a, weights.PackedWeight),
         )
     wanted = np.dtype(dtype) if dtype is not None and jnp.issubdtype(value.dtype, jnp.floating) else value.dtype
-    if mesh is None:
-        return (
-            jnp.asarray(np.array(value, wanted, order="C", copy=True))
-            if isinstance(value, np.ndarray)
-            else value.astype(wanted)
-        )
+    if mesh is None:  # a copy, never an alias of the file
+        return jnp.array(value, dtype=None if wanted == value.dtype else wanted)
     sharding = meshes.sharding(mesh, path, value.shape)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: np.array(value[index], wanted, order="C"))
 
@@ -203,5 +210,5 @@ def _file_name(arch: Any, head: str | None, path: str) -> str:
 
 
 def _some(items: list[str]) -> str:
-    shown = "; ".join(items[:5])
+    shown = "; ".join(show(item, 200).strip("'") for item in items[:5])  # names are the file's: they may be anything
     return shown if len(items) <= 5 else f"{shown}; and {len(items) - 5} more"
