@@ -51,6 +51,7 @@ def load(
     dtype: Any = None,
     mesh: jax.sharding.Mesh | None = None,
     key: jax.Array | None = None,
+    mapped: bool = False,
     **config_overrides: Any,
 ) -> nnx.Module:
     """Load a pretrained model.
@@ -61,11 +62,14 @@ def load(
     ``architectures`` says, or ``sentence`` in the sentence-transformers layout. A head that the checkpoint does not
     have is initialised from ``key``, which must be given then. ``dtype``: of the floating-point weights, by default
     as stored. ``mesh``: each device receives only its slice, by the rules of :mod:`jaxformers.mesh`.
-    ``config_overrides``: fields of the architecture's Config.
+    ``mapped``: leave the weights in the files, as read-only NumPy views, for work that goes through them block by block
+    (then neither ``dtype`` nor ``mesh``). ``config_overrides``: fields of the architecture's Config.
 
     Raises ValueError (CheckpointError for the files) naming what is wrong: an unknown ``model_type``, missing or
     unmapped tensors, shapes that disagree with the config, non-finite weights, pickles.
     """
+    if mapped and (dtype is not None or mesh is not None):
+        raise ValueError("mapped: the weights stay as and where they are stored; give neither dtype nor mesh")
     directory = resolve.find(str(path_or_id))
     hf = _read_config(directory)
     arch = models.architecture(hf["model_type"])
@@ -114,7 +118,7 @@ def load(
             "num_hidden_layers" in config_overrides and layer is not None and int(layer[1]) >= config.num_hidden_layers
         )
 
-    return fill(model, arch, checkpoint, extra, dtype, mesh, key, skip)
+    return fill(model, arch, checkpoint, extra, dtype, mesh, key, skip, mapped)
 
 
 def init(config: Any, *, head: str | None = None, key: jax.Array, dtype: Any = None) -> nnx.Module:

@@ -69,6 +69,7 @@ def fill(
     mesh: jax.sharding.Mesh | None,
     key: jax.Array | None,
     skip: Callable[[str], bool],
+    mapped: bool = False,
 ) -> nnx.Module:
     names, keys = Names(checkpoint, arch), all_keys(arch, model.head_name)
     flat = paths.flatten(nnx.to_pure_dict(nnx.state(model)))
@@ -102,6 +103,9 @@ def fill(
         raise CheckpointError(f"{checkpoint.directory}: tensors that have no place in this model: {_some(unmapped)}")
     values = {}
     for path, read in plan.items():
+        if mapped:
+            values[path] = read()
+            continue
         values[path] = _place(path, read(), dtype, mesh)
         checkpoint.release()  # the file's pages make room for the next tensor
     if fresh:
