@@ -23,7 +23,8 @@ def gradient_cache(encode: Callable[..., Any], chunk: int) -> Callable[..., Any]
     `inputs` and the result are pytrees of arrays whose first axis is the rows, which `encode` must treat independently
     of one another. The returned function has the same signature and, where `encode` draws nothing from `key`, the same
     values and gradients. Chunk c gets the key fold_in(key, c) in both passes, so that dropout masks agree; `key=None`
-    is handed on as None. The last chunk may be smaller than `chunk`. Errors: ValueError for chunk < 1 or > rows, and
+    is handed on as None. The last chunk may be smaller than `chunk`. Sharded rows stay sharded where `chunk` is a
+    multiple of the devices. Errors: ValueError for chunk < 1 or > rows, and
     for inputs whose first axes differ.
     """
     if chunk < 1:
@@ -41,11 +42,13 @@ def gradient_cache(encode: Callable[..., Any], chunk: int) -> Callable[..., Any]
         def encode_chunk(c, part):
             return encode(params, part, None if key is None else jax.random.fold_in(key, c))
 
-        head = jax.tree.map(lambda x: x[: whole * chunk].reshape(whole, chunk, *x.shape[1:]), inputs)
+        # Chunk c holds the rows c, c + whole, c + 2 whole, ...: of rows sharded over devices, some of every device's.
+        deal = lambda x: jnp.swapaxes(x[: whole * chunk].reshape(chunk, whole, *x.shape[1:]), 0, 1)
+        head = jax.tree.map(deal, inputs)
         # Inside a scan the compiler cannot merge the two passes, so no barrier against that is needed.
         body = jax.checkpoint(lambda c_part: encode_chunk(*c_part), prevent_cse=False)
         out = jax.lax.map(body, (jnp.arange(whole), head))
-        out = jax.tree.map(lambda x: x.reshape(whole * chunk, *x.shape[2:]), out)
+        out = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(whole * chunk, *x.shape[2:]), out)
         if rest:
             tail = jax.checkpoint(encode_chunk)(whole, jax.tree.map(lambda x: x[whole * chunk :], inputs))
             out = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, tail)

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxformers
 from jaxformers.losses import supcon_loss
 from jaxformers.train.gradient_cache import gradient_cache
 
@@ -47,11 +48,12 @@ def test_both_passes_draw_the_same_dropout(case):
     chunk = 12  # 12 + 12 + 8
 
     def by_hand(params, inputs, key):
-        parts = [{"x": inputs["x"][start : start + chunk]} for start in range(0, 32, chunk)]
-        return jnp.concatenate([encode(params, part, jax.random.fold_in(key, c)) for c, part in enumerate(parts)])
+        rows = [jnp.arange(0, 24, 2), jnp.arange(1, 24, 2), jnp.arange(24, 32)]
+        parts = [encode(params, {"x": inputs["x"][r]}, jax.random.fold_in(key, c)) for c, r in enumerate(rows)]
+        return jnp.concatenate(parts)[jnp.argsort(jnp.concatenate(rows))]
 
-    expected_value, expected = jax.value_and_grad(loss(by_hand, key))(params)
-    value, grads = jax.value_and_grad(loss(gradient_cache(encode, chunk), key))(params)
+    expected_value, expected = jax.jit(jax.value_and_grad(loss(by_hand, key)))(params)
+    value, grads = jax.jit(jax.value_and_grad(loss(gradient_cache(encode, chunk), key)))(params)
     np.testing.assert_allclose(value, expected_value, rtol=1e-6)
     for name in ("W1", "W2"):
         scale = float(jnp.abs(expected[name]).max())
@@ -71,6 +73,25 @@ def test_keeps_the_activations_of_one_chunk():
     full = temporary(encode)
     assert full > rows * inner * 4 / 2
     assert temporary(gradient_cache(encode, 16)) < full / 4
+
+
+def test_sharded_rows_stay_where_they_are():
+    """Data-parallel over four devices: each chunk takes rows of every device, and only the loss needs all of them."""
+    if jax.device_count() < 4:
+        pytest.skip("needs four devices")
+    mesh = jaxformers.mesh("data=4")
+    by_rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    params = {"W1": jax.random.normal(jax.random.key(1), (24, 8)), "W2": jnp.ones((4, 24))}
+    x = jax.device_put(jax.random.normal(jax.random.key(0), (64, 8)), by_rows)
+    labels = jnp.arange(64) // 4
+    loss = lambda params, x: supcon_loss(gradient_cache(encode, 16)(params, {"x": x}, None), labels)
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(params, x).compile()
+    text = compiled.as_text()
+    assert "f32[16,24]" not in text and "f32[4,24]" in text  # hidden states: 4 of a chunk's 16 texts on each device
+    value, grads = compiled(params, x)
+    expected, expected_grads = jax.jit(jax.value_and_grad(loss))(params, jnp.array(np.asarray(x)))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(grads["W1"], expected_grads["W1"], rtol=1e-4, atol=1e-6)
 
 
 def test_pytrees_of_outputs_and_integer_inputs():
