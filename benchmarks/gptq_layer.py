@@ -2,8 +2,8 @@
 
     python benchmarks/gptq_layer.py [--repeat 5] [--out benchmarks/results/gptq_layer.json]
 
-The baseline is algorithm 1 of the paper as it is usually written: factorise, invert, factorise again, then a Python loop
-over columns within blocks of 128. Both start from the same kernel and Hessian and must agree on the integers.
+The baseline is algorithm 1 of the paper as it is usually written: factorise, invert, factorise again, then a Python
+loop over columns within blocks of 128. Both start from the same kernel and Hessian and must agree on the integers.
 """
 
 import argparse

@@ -5,9 +5,9 @@ layer in order,
 
     q_i = quantise(w_i),   e_i = (w_i - q_i) / U_ii,   w_j <- w_j - e_i U_ij for j > i,   loss = Σ ‖e_i‖² / 2
 
-Kernels are (in, out), so a paper's column is a row here, and all outputs of it are rounded at once. Updates are lazy on
-three levels, each a matrix product with what the level below left: single columns within 16, those within a block of
-128, the block within the layer.
+Kernels are (in, out), so a paper's column is a row here, and all outputs of it are rounded at once. A column
+receives the updates of earlier columns of its block of 128 when its turn comes, as one product of a row of U with their
+errors; the columns after the block receive those of the whole block as one matrix product.
 """
 
 import functools
@@ -46,7 +46,7 @@ def fit_groups(grid: Grid, kernel: Float[Array, "in out"], group_size: int) -> t
     return grids.fit(grid, rows.reshape(-1, g, out))
 
 
-@functools.partial(jax.jit, static_argnames=("grid", "group_size"))
+@functools.partial(jax.jit, static_argnames="group_size")
 def round_to_nearest(kernel: Float[Array, "in out"], mask: Array | None = None, *, grid: Grid, group_size: int = -1):
     """RTN, the baseline: every weight to the nearest value of its grid. Where `mask` is False the value is 0."""
     kernel = kernel.astype(jnp.float32) if mask is None else jnp.where(mask, kernel, 0).astype(jnp.float32)
@@ -58,9 +58,7 @@ def round_to_nearest(kernel: Float[Array, "in out"], mask: Array | None = None, 
     return Solved(codes, scales, zeros, g_idx, jnp.float32(jnp.nan), jnp.float32(0))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("grid", "group_size", "act_order", "static_groups", "blocksize"), donate_argnames=()
-)
+@functools.partial(jax.jit, static_argnames=("group_size", "act_order", "static_groups", "blocksize"))
 def solve(
     kernel: Float[Array, "in out"],
     H: Float[Array, "in in"],
@@ -73,7 +71,9 @@ def solve(
     static_groups: bool = False,
     blocksize: int = 128,
 ) -> Solved:
-    """Quantise one kernel given the Hessian `H` of its inputs. Pure; compiled once per shape and set of options.
+    """Quantise one kernel given the Hessian `H` of its inputs. Pure.
+
+    Compiled once per shape and set of options, whatever the bits.
 
     `damp` is added to the diagonal as a share of its mean, ten times more after each failed factorisation (at most four
     times). `mask` (in, out), False where a weight must stay exactly zero: its share of the error is compensated too.

@@ -11,7 +11,7 @@ Ternary grids have three values, `zero <= 0 <= scale` (here `zero` is a value, n
 slice runs along the second axis from the end: parameters of an (..., columns, out) array have shape (..., out).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,10 @@ SCALE_DTYPES = ("float32", "float16", "bfloat16")
 MSE_STEPS, MSE_GRID, MSE_NORM = 80, 100, 2.4
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Grid:
-    """What kind of grid: hashable, so it can be a static argument of a jitted function.
+    """What kind of grid. A pytree: `bits` is traced under jit (other bits, same compiled code), the rest is static.
 
     `sym` reproduces the official quirk: a slice without negative entries keeps `scale = xmax / maxq` but places zero in
     the middle, so its upper half clips. `scale_dtype` rounds each scale to the type it will be stored in before any
@@ -33,13 +34,13 @@ class Grid:
     """
 
     bits: int = 4
-    sym: bool = False
-    mse: bool = False
-    ternary: bool = False
-    scale_dtype: str = "float32"
+    sym: bool = field(metadata={"static": True}, default=False)
+    mse: bool = field(metadata={"static": True}, default=False)
+    ternary: bool = field(metadata={"static": True}, default=False)
+    scale_dtype: str = field(metadata={"static": True}, default="float32")
 
     def __post_init__(self):
-        if self.bits not in BITS:
+        if isinstance(self.bits, int) and self.bits not in BITS:
             raise ValueError(f"bits={self.bits}: must be one of {BITS}")
         if self.ternary and self.mse:
             raise ValueError("mse=True has no meaning for a ternary grid, whose levels are the extremes of the slice")
@@ -47,8 +48,8 @@ class Grid:
             raise ValueError(f"scale_dtype={self.scale_dtype!r}: must be one of {SCALE_DTYPES}")
 
     @property
-    def maxq(self) -> int:
-        return 2**self.bits - 1
+    def maxq(self) -> int | Array:
+        return (1 << self.bits) - 1
 
 
 def _divide(a: Array, b: Array | float) -> Array:

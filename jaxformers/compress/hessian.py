@@ -42,7 +42,7 @@ def inverse_factor(H: Float[Array, "in in"]) -> Float[Array, "in in"]:
 
 
 def _inverse_lower(L: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """inv([[A, 0], [B, C]]) = [[inv A, 0], [-inv C B inv A, inv C]]: mostly matrix products, a third of a full solve."""
+    """inv([[A, 0], [B, C]]) = [[inv A, 0], [-inv C B inv A, inv C]]: mostly matrix products."""
     n = L.shape[0]
     if n <= 384:
         return linalg.triangular_solve(L, jnp.eye(n, dtype=L.dtype), left_side=True, lower=True)

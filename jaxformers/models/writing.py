@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from jaxformers import paths, weights
-from jaxformers.models.keymap import HF, all_keys, lookup
+from jaxformers.models.keymap import HF, all_keys, lookup, own_name
 
 FUSED = {"weight", "bias", "qweight", "qzeros", "scales", "g_idx"}  # tensors that the parts of a fused layer share
 
@@ -24,10 +24,12 @@ def to_tensors(model: nnx.Module, arch: Any) -> tuple[list[tuple], dict[str, np.
             dense["linear.weight" if path.endswith("kernel") else "linear.bias"] = array.T if array.ndim == 2 else array
             continue
         found = lookup(keys, path)
+        if found is None and model.surgery:
+            found = own_name(path)
         if found is None:
             raise ValueError(f"model: parameter {path} has no name in the Hugging Face layout")
         entry, leaf_name = found
-        body = lookup(arch.KEYS, path) is not None
+        body = found == lookup(arch.KEYS, path)
         name = f"{prefix if body else ''}{entry.name}"
         if entry.part[1] > 1:
             fused.setdefault(f"{name}\n{path.rpartition('.')[2]}", {})[entry.part[0]] = (entry, leaf_name, leaf)

@@ -9,11 +9,13 @@ from jaxformers.weights.base import Weight, dense, from_tensors, is_typed, matmu
 from jaxformers.weights.lowrank import LowRank, add_lora, merge_lora
 from jaxformers.weights.masked import Masked
 from jaxformers.weights.packed import PackedWeight
+from jaxformers.weights.ternary import TernaryWeight
 
 __all__ = [
     "LowRank",
     "Masked",
     "PackedWeight",
+    "TernaryWeight",
     "Weight",
     "add_lora",
     "dense",

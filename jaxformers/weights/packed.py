@@ -1,9 +1,9 @@
-"""Weights of 2, 3, 4 or 8 bits in the word layout of GPTQ checkpoints, multiplied without unpacking more than one layer.
+"""Weights of 2, 3, 4 or 8 bits in the word layout of GPTQ checkpoints, multiplied one unpacked layer at a time.
 
     W[i, o] = scales[g_idx[i], o] · (code[i, o] - zero[g_idx[i], o])
 
-The arrays are those of a GPTQ file (layout: GPTQ, arXiv 2210.17323, and the checkpoints of AutoGPTQ and GPTQModel), with
-zeros always in their version 2 meaning: the zero itself, where version 1 files store zero - 1.
+The arrays are those of a GPTQ file (layout: GPTQ, arXiv 2210.17323, and the checkpoints of AutoGPTQ and GPTQModel),
+with zeros always in their version 2 meaning: the zero itself, where version 1 files store zero - 1.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import numpy as np
 from jaxformers.weights import words
 from jaxformers.weights.base import Read
 
+Array = np.ndarray | jax.Array
 BITS = (2, 3, 4, 8)
 FORMATS = ("gptq", "gptq_v2")
 
@@ -27,9 +28,10 @@ class PackedWeight:
     """A packed (in, out) kernel with G = ceil(in / group_size) groups of inputs; a typed weight.
 
     ``qweight`` int32 (in · bits / 32, out); ``qzeros`` int32 (G, out · bits / 32), both packed as
-    :mod:`jaxformers.weights.words` says; ``scales`` float (G, out), whose dtype is that of ``dense()``; ``g_idx`` int32
-    (in,), the group of each input, or None for the trivial ``arange(in) // group_size``. ``group_size`` -1: one group.
-    ``checkpoint_format`` is what :meth:`to_tensors` writes. Leaves may carry leading axes (stacked layers).
+    :mod:`jaxformers.weights.words` says; ``scales`` float (G, out); ``g_idx`` int32 (in,), the group of each input, or
+    None for the trivial ``arange(in) // group_size``. ``group_size`` -1: one group. ``checkpoint_format`` is what
+    :meth:`to_tensors` writes. ``dense()`` has the dtype of the scales, but float32 where they are float16, which is how
+    files store them rather than what anyone computes in. Leaves may carry leading axes (stacked layers).
     """
 
     qweight: jax.Array
@@ -47,7 +49,7 @@ class PackedWeight:
 
     @property
     def dtype(self) -> Any:
-        return self.scales.dtype
+        return np.dtype(np.float32) if self.scales.dtype == np.float16 else self.scales.dtype
 
     def codes(self) -> jax.Array:
         """uint8 (in, out)."""
@@ -71,7 +73,7 @@ class PackedWeight:
         found = from_gptq(tensors, self.bits, self.group_size, self.checkpoint_format)
         if found.shape != self.shape:
             raise ValueError(f"qweight: expected a packed weight of shape {self.shape}, found {found.shape}")
-        return dataclasses.replace(found, scales=found.scales.astype(self.dtype))
+        return dataclasses.replace(found, scales=found.scales.astype(self.scales.dtype))
 
 
 def _dense(w: PackedWeight, dtype: Any) -> jax.Array:
@@ -109,10 +111,10 @@ def n_groups(d_in: int, group_size: int) -> int:
 
 
 def pack_codes(
-    codes: np.ndarray,
-    zeros: np.ndarray,
-    scales: np.ndarray,
-    g_idx: np.ndarray,
+    codes: Array,
+    zeros: Array,
+    scales: Array,
+    g_idx: Array,
     *,
     bits: int,
     group_size: int = -1,
@@ -123,7 +125,7 @@ def pack_codes(
     Raises ValueError when `bits` is unknown, when the number of inputs is not a multiple of 32 (the layout has no such
     files), or when the shapes disagree.
     """
-    codes, g_idx = np.asarray(codes), np.asarray(g_idx, np.int32)
+    g_idx = np.asarray(g_idx, np.int32)
     if bits not in BITS:
         raise ValueError(f"bits={bits}: must be one of {BITS}")
     if codes.shape[0] % 32:
@@ -133,7 +135,7 @@ def pack_codes(
         raise ValueError(f"zeros {zeros.shape} and scales {scales.shape}: expected {expected}, g_idx {g_idx.shape}")
     return PackedWeight(
         jnp.asarray(words.pack(codes, bits)),
-        jnp.asarray(words.pack(np.asarray(zeros).astype(np.uint8), bits, axis=-1)),
+        jnp.asarray(words.pack(zeros.astype(np.uint8), bits, axis=-1)),
         jnp.asarray(scales),
         None if trivial_groups(g_idx, group_size) else jnp.asarray(g_idx),
         bits,
@@ -145,7 +147,7 @@ def pack_codes(
 def from_gptq(
     tensors: Mapping[str, np.ndarray], bits: int, group_size: int = -1, checkpoint_format: str = "gptq"
 ) -> PackedWeight:
-    """The weight held by a layer's tensors in a GPTQ file: ``qweight``, ``qzeros``, ``scales`` and, optional, ``g_idx``.
+    """The weight held by a layer's tensors in a GPTQ file: ``qweight``, ``qzeros``, ``scales`` and perhaps ``g_idx``.
 
     ``checkpoint_format`` "gptq" (version 1, zeros stored less one) or "gptq_v2". Arrays stay NumPy where they were.
     Raises ValueError naming the tensor that is missing, or whose dtype, shape or range does not fit ``bits`` and
