@@ -49,6 +49,7 @@ class Config:
     teacher_steps: int = 1500
     teacher_batch: int = 64
     teacher_rate: float = 1e-3
+    masked: float = 0.3
     layers: int = 2
     width: int = 64
     relation_heads: int = 8
@@ -187,14 +188,14 @@ def probe(model: Any, tokenizer: Tokenizer, data: dict[str, Any], length: int) -
 def train_teacher(
     config: Config, texts: list[str], heldout: list[str], tokenizer: Tokenizer, out: Path
 ) -> tuple[Any, float]:
-    """A BERT by masked-language modelling (15 %, of these 80/10/10); -> (model, held-out loss in nats)."""
+    """A BERT by masked-language modelling (80/10/10 as BERT has it); -> (model, held-out loss in nats)."""
     size = bert.Config(
         tokenizer.vocab_size, config.teacher_width, config.teacher_layers, config.heads, 4 * config.teacher_width,
         max_position_embeddings=config.length, pooler=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     model = jf.init(size, key=jax.random.key(1234))
     apply, params = jf.functional(model)
-    width, masked = config.teacher_width, max(config.length * 15 // 100, 1)
+    width, masked = config.teacher_width, max(int(config.length * config.masked), 1)
     head = {
         "kernel": 0.02 * jax.random.normal(jax.random.key(5), (width, width)),
         "scale": jnp.ones(width),

@@ -219,10 +219,8 @@ def _stage(config: MiniLMConfig, *, first: bool, last: bool) -> MiniLMConfig:
 
 
 def _positions(model: nnx.Module) -> int:
-    """Longest input: RoBERTa and MPNet number positions from pad + 1 on."""
-    c = model.config
-    shifted = type(c).__module__.rsplit(".", 1)[-1] in ("roberta", "mpnet")
-    return c.max_position_embeddings - (c.pad_token_id + 1 if shifted else 0)
+    """Longest input."""
+    return getattr(model.config, "max_length", model.config.max_position_embeddings)
 
 
 def _check_text(name: str, model: nnx.Module, tokenizer: Tokenizer | None, length: int | None) -> None:

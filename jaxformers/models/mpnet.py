@@ -39,6 +39,11 @@ class Config:
     pooler: bool = True
     hf: str = dataclasses.field(default="{}", repr=False, compare=False)
 
+    @property
+    def max_length(self) -> int:
+        """Longest input: the positions up to ``PAD`` serve padding."""
+        return self.max_position_embeddings - PAD - 1
+
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
         config = configs.from_hf(cls, hf, {})

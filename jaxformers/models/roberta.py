@@ -38,6 +38,11 @@ class Config:
     pooler: bool = True
     hf: str = dataclasses.field(default="{}", repr=False, compare=False)
 
+    @property
+    def max_length(self) -> int:
+        """Longest input: the positions up to ``pad_token_id`` serve padding."""
+        return self.max_position_embeddings - self.pad_token_id - 1
+
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
         if hf.get("is_decoder") or hf.get("add_cross_attention"):
