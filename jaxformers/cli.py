@@ -232,10 +232,8 @@ def generate(
     if not prompts:
         raise ValueError("prompts: give at least one")
     loaded = jf.load(model)
-    key = jax.random.key(seed) if temperature > 0 else None
-    texts = jf.generate(
-        loaded, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, key=key
-    )
+    sampling = {"temperature": temperature, "key": jax.random.key(seed)} if temperature != 0 else {}
+    texts = jf.generate(loaded, prompts, max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p, **sampling)
     for prompt, text in zip(prompts, texts, strict=True):
         print(f"{prompt}{text}")
 

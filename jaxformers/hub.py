@@ -128,7 +128,7 @@ def init(config: Any, *, head: str | None = None, key: jax.Array, dtype: Any = N
     """
     if isinstance(config, Mapping):
         config = models.architecture(config.get("model_type", "")).Config.from_hf(config)
-    arch = _module_of(config)
+    arch = module_of(config)
     _check_head(head, arch)
 
     @jax.jit
@@ -156,7 +156,7 @@ def save(model: nnx.Module, directory: str | Path, tokenizer: Any = None, *, max
     writes its files too; by default those of the checkpoint that the model came from are copied. The directory is
     written beside and renamed: a full disk leaves the old checkpoint whole.
     """
-    arch = _module_of(model.config)
+    arch = module_of(model.config)
     tensors, sentence_dense = to_tensors(model, arch)
     config = config_json(model)
     files: dict[str, bytes] = {"config.json": atomic.json_bytes(config)}
@@ -175,7 +175,7 @@ def save(model: nnx.Module, directory: str | Path, tokenizer: Any = None, *, max
 
 def config_json(model: nnx.Module) -> dict[str, Any]:
     """The ``config.json`` dict that :func:`save` writes for ``model``."""
-    arch = _module_of(model.config)
+    arch = module_of(model.config)
     hf = model.config.to_hf()
     in_heads = model.head_name in arch.HEADS
     old = hf.get("architectures") or []
@@ -230,7 +230,7 @@ def _check_head(head: str | None, arch: Any) -> None:
         raise ValueError(f"head: {arch.Model.__name__} has no head {head!r}; it has {known}")
 
 
-def _module_of(config: Any) -> Any:
+def module_of(config: Any) -> Any:
     return sys.modules[type(config).__module__]
 
 

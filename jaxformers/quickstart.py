@@ -178,7 +178,7 @@ def compress(
 def decode_speed(model: nnx.Module, tokenizer: Tokenizer, rows: int = 8, tokens: int = 48) -> float:
     """Tokens per second of cached greedy decoding, ``rows`` texts at once, compilation excluded."""
     prompts = [tokenizer.encode(PROMPTS[i % len(PROMPTS)]) for i in range(rows)]
-    once = lambda: jf.generate(model, prompts, max_new_tokens=tokens, eos_id=None)  # noqa: E731
+    once = lambda: jf.generate(model, prompts, max_new_tokens=tokens, eos_token_id=())  # noqa: E731
     once()
     began = time.perf_counter()
     once()

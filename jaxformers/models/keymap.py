@@ -42,6 +42,12 @@ def lookup(keys: Keys, path: str) -> tuple[HF, str] | None:
     return None
 
 
+def own_name(path: str) -> tuple[HF, str]:
+    """Where a parameter that surgery has added is kept: under its own path, out of Hugging Face's way."""
+    module, _, leaf = path.rpartition(".")
+    return HF(f"jaxformers.{module}"), LEAVES.get(leaf, leaf)
+
+
 def expected(keys: Keys, names: Iterable[str]) -> set[str]:
     """Those of the checkpoint's tensor ``names`` that the table knows, whether or not this model uses them."""
     patterns = []

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxformers import mesh as meshes
 from jaxformers import paths, surgery, weights
-from jaxformers.models.keymap import HF, all_keys, expected, lookup
+from jaxformers.models.keymap import HF, all_keys, expected, lookup, own_name
 from jaxformers.safetensors_file import show
 from jaxformers.safetensors_io import Checkpoint, CheckpointError, LazyTensor
 from jaxformers.weights import gptq_format
@@ -78,9 +78,8 @@ def fill(
     for path, leaf in flat.items():
         if path in plan:
             continue
-        found = lookup(keys, path)
         try:
-            read = None if found is None else _reader(names, path, *found, leaf)
+            read = _reader(names, path, *(lookup(keys, path) or own_name(path)), leaf)
         except ValueError as error:
             wrong.append(str(error))
             continue
@@ -209,8 +208,8 @@ def _unmapped(names: Names, arch: Any, skip: Callable[[str], bool]) -> list[str]
 
 
 def _file_name(arch: Any, head: str | None, path: str) -> str:
-    found = lookup(all_keys(arch, head), path)
-    return path if found is None else f"{found[0].name}.{found[1]}"
+    entry, leaf = lookup(all_keys(arch, head), path) or own_name(path)
+    return f"{entry.name}.{leaf}"
 
 
 def _some(items: list[str]) -> str:

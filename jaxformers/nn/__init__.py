@@ -1,5 +1,6 @@
 """Building blocks that every architecture shares."""
 
+from jaxformers.nn.adapter import Adapter, add_adapters
 from jaxformers.nn.attention import Attention, Mask, attend, causal_mask
 from jaxformers.nn.block import Block, Layers
 from jaxformers.nn.cache import Cache, KeyValue, advance, new_cache
@@ -22,9 +23,9 @@ from jaxformers.nn.pooling import normalize, pool
 from jaxformers.nn.positions import Rotary, relative_buckets, rotary_from_hf, rotary_table, rotate
 
 __all__ = [
-    "Attention", "Block", "Cache", "CausalLMHead", "ClassificationHead", "Embed", "Embeddings", "KeyValue", "LayerNorm",
-    "Layers", "Linear", "MLP", "Mask", "MaskedLMHead", "Output", "RMSNorm", "Rotary", "SentenceHead", "activation",
-    "advance", "attend", "causal_mask", "check_length", "decoder_output", "dropout", "encoder_output", "new_cache",
-    "new_sentence_head", "normalize", "padded_positions", "pool", "relative_buckets", "rotary_from_hf", "rotary_table",
-    "rotate", "split",
+    "Adapter", "Attention", "Block", "Cache", "CausalLMHead", "ClassificationHead", "Embed", "Embeddings", "KeyValue",
+    "LayerNorm", "Layers", "Linear", "MLP", "Mask", "MaskedLMHead", "Output", "RMSNorm", "Rotary", "SentenceHead",
+    "activation", "add_adapters", "advance", "attend", "causal_mask", "check_length", "decoder_output", "dropout",
+    "encoder_output", "new_cache", "new_sentence_head", "normalize", "padded_positions", "pool", "relative_buckets",
+    "rotary_from_hf", "rotary_table", "rotate", "split",
 ]  # fmt: skip

@@ -10,18 +10,24 @@ from jaxformers.sites import site
 
 
 class Linear(nnx.Module):
-    """``y = x W + b`` with ``kernel`` W (in, out), an array or a typed weight. Sites: ``input``, ``output``."""
+    """``y = x W + b`` with ``kernel`` W (in, out), an array or a typed weight. Sites: ``input``, ``output``.
+
+    ``adapter``: a module that surgery has put behind the map, ``y + adapter(y)``.
+    """
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool = True, std: float = 0.02, rngs: nnx.Rngs):
         self.path = ""
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (d_in, d_out)))
         self.bias = nnx.Param(jnp.zeros(d_out)) if bias else None
+        self.adapter = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         x = site(f"{self.path}.input", x)
         y = weights.matmul(x, self.kernel.get_value())
         if self.bias is not None:
             y = y + self.bias.get_value().astype(y.dtype)
+        if self.adapter is not None:
+            y = y + self.adapter(y)
         return site(f"{self.path}.output", y)
 
 

@@ -72,8 +72,13 @@ def add_lora(
         dtype = kernel.dtype
         a = jax.random.normal(k, (d_in, rank), dtype) / d_in**0.5
         linear.kernel.set_value(LowRank(kernel, a, jnp.zeros((rank, d_out), dtype), alpha / rank))
+    return record_lora(model, [path for path, _ in linears], rank, alpha)
+
+
+def record_lora(model: nnx.Module, targets: list[str], rank: int, alpha: float) -> nnx.Module:
+    """Note in ``model`` that the layers ``targets`` carry a low-rank update."""
     return surgery.record(
-        model, "jaxformers.weights.lowrank:_abstract_lora", targets=[p for p, _ in linears], rank=rank, alpha=alpha
+        model, "jaxformers.weights.lowrank:_abstract_lora", targets=targets, rank=rank, alpha=alpha
     )
 
 
