@@ -57,7 +57,8 @@ def expect_packed(model: nnx.Module, arch: Any, hf: Mapping[str, Any], checkpoin
         found = lookup(keys, ".".join(map(str, path)) + ".kernel")
         if found is not None and names.get(f"{found[0].name}.qweight") is not None:
             tensors = names.under(found[0].name)
-            module.kernel.set_value(gptq_format.abstract(settings, module.kernel.get_value().shape, tensors))
+            own = settings.for_layer(names.in_file[f"{found[0].name}.qweight"].removesuffix(".qweight"))
+            module.kernel.set_value(gptq_format.abstract(own, module.kernel.get_value().shape, tensors))
 
 
 def fill(

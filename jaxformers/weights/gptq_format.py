@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from jaxformers.weights import words
 from jaxformers.weights.packed import BITS, FORMATS, PackedWeight, n_groups
 
 log = logging.getLogger(__name__)
-_SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size", "format": "checkpoint_format", "zero_point": "asym"}
+_SYNONYMS = {"w_bit": "bits", "q_group_size": "group_size", "format": "checkpoint_format"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class QuantizeConfig:
     true_sequential: bool = False
     damp_percent: float = 0.01
     checkpoint_format: str = "gptq"
+    dynamic: tuple[tuple[str, Mapping[str, Any]], ...] = ()  # (pattern of layer names, settings that differ there)
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -40,21 +42,42 @@ class QuantizeConfig:
                 f"quantization_config: checkpoint_format must be one of {FORMATS}, got {self.checkpoint_format!r}"
             )
 
+    def for_layer(self, name: str) -> "QuantizeConfig":
+        """The settings of the layer called ``name`` in the file: those of the first ``dynamic`` pattern that matches.
+
+        A pattern ``-:…`` says that the layer is not packed, which the file shows by itself.
+        """
+        for pattern, own in self.dynamic:
+            if re.match(re.sub(r"^[+-]:", "", pattern), name):
+                known = {k: own[k] for k in ("bits", "group_size", "sym", "desc_act") if k in own}
+                return dataclasses.replace(self, **known)
+        return self
+
 
 def parse(config: Mapping[str, Any]) -> QuantizeConfig:
     """A :class:`QuantizeConfig` from any of the spellings in use.
 
     Synonyms ``w_bit``, ``q_group_size``, ``format``; no ``checkpoint_format`` means version 1; no ``sym`` means true,
-    with a warning. Raises ValueError for another ``quant_method`` (awq, marlin, …), naming it.
+    with a warning. ``dynamic``: settings of single layers. Raises ValueError for another ``quant_method`` (awq, marlin,
+    …), naming it, for words that are not int32, and for values out of range.
     """
-    method = config.get("quant_method", "gptq")
+    method = config.get("quant_method", "awq" if str(config.get("version", "")).lower().startswith("gem") else "gptq")
     if method != "gptq":
         raise ValueError(f"quantization_config: quant_method {method!r} is not supported, only 'gptq'")
+    if str(config.get("pack_dtype", "int32")).removeprefix("torch.") != "int32":
+        raise ValueError(f"quantization_config: pack_dtype {config['pack_dtype']!r} is not supported, only 'int32'")
     found = {_SYNONYMS.get(k, k): v for k, v in config.items() if v is not None}
     if "bits" not in found:
         raise ValueError("quantization_config: bits missing")
-    if found.get("dynamic"):
-        raise ValueError("quantization_config: per-layer settings ('dynamic') are not supported")
+    dynamic = found.pop("dynamic", None) or {}
+    if not isinstance(dynamic, Mapping) or not all(isinstance(own, Mapping | None) for own in dynamic.values()):
+        raise ValueError("quantization_config: dynamic must map patterns of layer names to settings")
+    for pattern in dynamic:
+        try:
+            re.compile(re.sub(r"^[+-]:", "", pattern))
+        except re.error as error:
+            raise ValueError(f"quantization_config: dynamic has the pattern {pattern!r}: {error}") from None
+    found["dynamic"] = tuple((pattern, own or {}) for pattern, own in dynamic.items())
     if "sym" not in found:
         log.warning("quantization_config has no 'sym': assuming true")
     names = {f.name for f in dataclasses.fields(QuantizeConfig)}
