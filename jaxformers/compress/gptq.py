@@ -11,8 +11,8 @@ that they make up for the error: with inv(H) = Uᵀ U, after rounding input i,
     w_j <- w_j - U_ij (w_i - q_i) / U_ii   for j > i                                                  (columns.py)
 
 Grids are uniform per output or per output and group of inputs (grids.py). Blocks are done in order, each on what the
-quantised blocks before it put out, so that one block at a time needs memory (sweep.py). `method="rtn"`, rounding to
-nearest on the same grid, is the baseline; `method="ternary"` runs GPTQ on a three-valued grid.
+quantised blocks before it put out, so that one block at a time needs memory (block.py, sweep.py). `method="rtn"`,
+rounding to nearest on the same grid, is the baseline; `method="ternary"` runs GPTQ on a three-valued grid.
 
     small = jf.compress.gptq(model, calibration, bits=4, group_size=128)
     jf.save(small, "model-4bit")           # GPTQ's layout: Hugging Face, AutoGPTQ and GPTQModel read it
@@ -21,6 +21,7 @@ nearest on the same grid, is the baseline; `method="ternary"` runs GPTQ on a thr
 import dataclasses
 import json
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,8 +34,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxformers import hub, surgery, weights
-from jaxformers.compress.sweep import LayerReport, Settings, sweep
+from jaxformers.compress.block import LayerReport, Settings
+from jaxformers.compress.sweep import sweep
 from jaxformers.data import text
+from jaxformers.models.keymap import all_keys, lookup
 from jaxformers.weights.packed import PackedWeight
 from jaxformers.weights.ternary import TernaryWeight
 
@@ -189,9 +192,18 @@ def _recorded(
         "model_file_base_name": "model",
         "meta": {"quantizer": "jaxformers", "method": settings.method, "mse": settings.mse},
     }
+    dense = [_name_in_file(model, r.path) for r in report if r.note.startswith("kept dense")]
+    if dense:  # GPTQModel's way to say that a layer is not packed
+        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in dense}
     hf = {**json.loads(model.config.hf), "quantization_config": config}
     model.config = dataclasses.replace(model.config, hf=json.dumps(hf, sort_keys=True))
     return model
+
+
+def _name_in_file(model: nnx.Module, path: str) -> str:
+    arch = hub.module_of(model.config)
+    entry, _ = lookup(all_keys(arch, model.head_name), f"{path}.kernel")
+    return f"{arch.PREFIX}.{entry.name}" if model.head_name in arch.HEADS else entry.name
 
 
 def _innermost(kernel: Any) -> Any:

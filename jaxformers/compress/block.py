@@ -1,0 +1,272 @@
+"""Quantising one block of a transformer: Hessians of its linears, their solution, and a report on each.
+
+With `true_sequential` the layers of a block are solved in the order in which data reach them, and the block is run
+again between. Which layers share an input (query, key and value; gate and up) is read from the forward pass itself.
+"""
+
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxformers import sites, surgery, weights
+from jaxformers.compress import columns, hessian
+from jaxformers.compress.grids import BITS, Grid
+from jaxformers.weights.packed import FORMATS, PackedWeight, pack_codes
+from jaxformers.weights.ternary import TernaryWeight
+from jaxformers.weights.words import n_words
+
+log = logging.getLogger(__name__)
+METHODS = ("gptq", "rtn", "ternary")
+# (input (B, L, D), what else the block is given, attention mask (B, L) or None): one step of calibration, on the host
+Batch = tuple[np.ndarray, Any, np.ndarray | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to make of each layer; see :func:`jaxformers.compress.gptq.gptq`. Checks itself."""
+
+    method: str = "gptq"
+    bits: int = 4
+    group_size: int = -1
+    sym: bool = False
+    act_order: bool = False
+    static_groups: bool = False
+    true_sequential: bool = False
+    damp: float = 0.01
+    mse: bool = False
+    blocksize: int = 128
+    scale_dtype: str = "float16"
+    checkpoint_format: str = "gptq"
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r}: must be one of {METHODS}")
+        if self.bits not in BITS:
+            raise ValueError(f"bits={self.bits}: must be one of {BITS}")
+        if self.method == "ternary" and self.bits != 2:
+            raise ValueError(f"bits={self.bits}: a ternary weight has 2; leave bits out")
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(f"group_size={self.group_size}: must be -1 (one grid per output) or positive")
+        if self.static_groups and self.group_size == -1:
+            raise ValueError("static_groups: there are no groups; give a group_size")
+        if not 0 < self.damp < 1:
+            raise ValueError(f"damp={self.damp}: must lie between 0 and 1")
+        if self.blocksize < 1:
+            raise ValueError(f"blocksize={self.blocksize}: must be positive")
+        if self.checkpoint_format not in FORMATS:
+            raise ValueError(f"checkpoint_format={self.checkpoint_format!r}: must be one of {FORMATS}")
+        if self.method == "rtn":
+            for name in ("act_order", "static_groups", "true_sequential"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}: rtn rounds each weight by itself and knows no order; use method='gptq'")
+        self.grid  # its own checks  # noqa: B018
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.bits, self.sym, self.mse, self.method == "ternary", self.scale_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """What became of one linear layer.
+
+    ``loss``: Σ e² / 2 of the column loop (NaN for rtn). ``error`` and ``rtn_error``: ‖X(Q - W)‖² / ‖X W‖² over the
+    calibration inputs X, of the result and of plain rounding; without calibration those of the weights alone.
+    ``damp``: the damping used. ``note``: what did not go as asked, if anything.
+    """
+
+    path: str
+    loss: float
+    error: float
+    rtn_error: float
+    damp: float
+    seconds: float
+    note: str = ""
+
+
+def _output(graph: Any, state: Any, x: jax.Array, context: dict[str, Any]) -> jax.Array:
+    return nnx.merge(graph, state)(x, **context)[0]
+
+
+forward = jax.jit(_output, static_argnums=0)  # (graph, state) of a block, its input and context -> its output
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=6)
+def _add_grams(graph: Any, names: tuple[str, ...], state: Any, x: Any, context: Any, mask: Any, Hs: Any, seen: Any):
+    """Add one batch to the Hessians of the linears ``names``."""
+    _, inputs = sites.reap(lambda: _output(graph, state, x, context), [f"{name}.input" for name in names])()
+    out = []
+    for name, H in zip(names, Hs, strict=True):
+        value = inputs[f"{name}.input"]
+        own = mask if mask is not None and value.shape[:2] == mask.shape else None
+        out.append(hessian.accumulate(H, seen, value, own)[0])
+    return tuple(out)
+
+
+def shared_inputs(block: nnx.Module, x: Any, context: Any, names: list[str]) -> list[tuple[str, ...]]:
+    """The linears ``names`` grouped by the input they share, in the order in which data reach them."""
+    graph, state = nnx.split(block)
+    groups: dict[int, list[str]] = {}
+
+    def trace(state: Any, x: jax.Array, context: Any) -> None:
+        _, seen = sites.reap(lambda: _output(graph, state, x, context), "**.input")()
+        held = list(seen.values())  # alive, so that an id stays its own
+        for site, value in seen.items():
+            if site.removesuffix(".input") in names:
+                groups.setdefault(id(value), []).append(site.removesuffix(".input"))
+        del held
+
+    jax.eval_shape(trace, state, x, context)
+    return [tuple(group) for group in groups.values()]
+
+
+@jax.jit
+def _relative_error(kernel: jax.Array, values: jax.Array, H: jax.Array | None) -> jax.Array:
+    """‖X(Q - W)‖² / ‖X W‖² with XᵀX in proportion to H (the identity when None)."""
+    kernel = kernel.astype(jnp.float32)
+    dot = functools.partial(jnp.matmul, precision="highest")
+    size = lambda D: jnp.sum(D * (D if H is None else dot(H, D)))  # noqa: E731
+    return size(values - kernel) / jnp.maximum(size(kernel), jnp.finfo(jnp.float32).tiny)
+
+
+def quantize_kernel(
+    kernel: jax.Array, mask: jax.Array | None, H: jax.Array | None, settings: Settings, path: str
+) -> tuple[Any, LayerReport]:
+    """One (in, out) kernel as a packed weight, given the Hessian of its inputs (None only for rtn).
+
+    Raises ValueError naming ``path`` when the inputs are not finite, or no damping makes the Hessian factorise.
+    """
+    began, note, grid = time.perf_counter(), "", settings.grid
+    if H is not None and not bool(jnp.all(jnp.isfinite(H))):
+        raise ValueError(f"{path}: its inputs are not finite on the calibration data")
+    kernel = kernel if mask is None else jnp.where(mask, kernel, 0)
+    options = {"grid": grid, "group_size": settings.group_size}
+    rtn = columns.round_to_nearest(kernel, mask, **options)
+    rtn_error = float(_relative_error(kernel, columns.dense(grid, rtn), H))
+    solved, error = rtn, rtn_error
+    if settings.method != "rtn":
+        if not bool(jnp.any(jnp.diagonal(H))):
+            note = "no input in the calibration data (an unused expert?): rounded to nearest"
+        else:
+            extra = {"act_order": settings.act_order, "static_groups": settings.static_groups}
+            solved = columns.solve(kernel, H, settings.damp, mask, blocksize=settings.blocksize, **options, **extra)
+            if not np.isfinite(float(solved.loss)):
+                raise ValueError(
+                    f"{path}: the Hessian cannot be factorised even with damp={float(solved.damp):.3g}; "
+                    "use more calibration tokens or a larger damp"
+                )
+            if float(solved.damp) > 1.5 * settings.damp:
+                note = f"factorised only with damp={float(solved.damp):.3g}: more calibration tokens would help"
+            error = float(_relative_error(kernel, columns.dense(grid, solved), H))
+    packed = _pack(solved, settings)
+    jax.block_until_ready(packed)
+    if note:
+        log.warning("%s: %s", path, note)
+    seconds = time.perf_counter() - began
+    return packed, LayerReport(path, float(solved.loss), error, rtn_error, float(solved.damp), seconds, note)
+
+
+def _pack(solved: columns.Solved, settings: Settings) -> PackedWeight | TernaryWeight:
+    codes, zeros, scales = solved.codes, solved.zeros, solved.scales.astype(settings.scale_dtype)
+    if settings.method == "ternary":
+        if not settings.sym:
+            levels = (scales, zeros.astype(settings.scale_dtype))
+            return TernaryWeight.from_codes(codes, *levels, solved.g_idx, settings.group_size)
+        # -s, 0, s are the codes 0, 1, 2 of a 2-bit grid whose zero is 1: every GPTQ reader can hold them
+        codes, zeros = jnp.asarray([1, 2, 0], jnp.uint8)[codes], jnp.ones_like(zeros)
+    return pack_codes(
+        codes,
+        zeros,
+        scales,
+        solved.g_idx,
+        bits=settings.bits,
+        group_size=settings.group_size,
+        checkpoint_format=settings.checkpoint_format,
+    )
+
+
+def unpackable(shape: tuple[int, ...], bits: int) -> str:
+    """Why a kernel of this shape has no place in the packed layout; "" when it has."""
+    if shape[0] % 32:
+        return f"kept dense: {shape[0]} inputs are not a multiple of 32"
+    if n_words(shape[1], bits) * 32 != shape[1] * bits:
+        return f"kept dense: {shape[1]} outputs do not fill whole words of {bits}-bit codes"
+    return ""
+
+
+def linears_of(block: nnx.Module) -> dict[str, Any]:
+    """{path within the block: module} of everything with a two-dimensional kernel."""
+    found = surgery.find_linears(block, "**")
+    return {path: module for path, module in found if len(module.kernel.get_value().shape) == 2}
+
+
+def unwrap(kernel: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
+    """(plain kernel, mask or None, how to put a quantised one in its place): a mask is absorbed, LoRA stays on top."""
+    if isinstance(kernel, weights.LowRank):
+        base, mask, rebuild = unwrap(kernel.base)
+        return base, mask, lambda new: dataclasses.replace(kernel, base=rebuild(new))
+    if isinstance(kernel, weights.Masked) and not weights.is_typed(kernel.base):
+        return kernel.base, kernel.mask, lambda new: new
+    if weights.is_typed(kernel):
+        raise ValueError(f"already quantised: its weights are {type(kernel).__name__}")
+    return kernel, None, lambda new: new
+
+
+def quantize_block(
+    block: nnx.Module, batches: list[Batch] | None, settings: Settings, path: str
+) -> tuple[dict[str, Any], list[LayerReport]]:
+    """Quantise the linears of ``block`` in place; returns {path within the block: quantised kernel} and the reports.
+
+    ``batches`` hold the block's inputs; None for rtn without calibration.
+    """
+    linears = linears_of(block)
+    done: dict[str, Any] = {}
+    reports: list[LayerReport] = []
+    for name in [n for n, m in linears.items() if unpackable(m.kernel.get_value().shape, settings.bits)]:
+        note = unpackable(linears.pop(name).kernel.get_value().shape, settings.bits)
+        log.warning("%s.%s: %s", path, name, note)
+        reports.append(LayerReport(f"{path}.{name}", 0.0, 0.0, 0.0, 0.0, 0.0, note))
+
+    def finish(name: str, H: jax.Array | None) -> None:
+        kernel, mask, rebuild = unwrap(linears[name].kernel.get_value())
+        packed, report = quantize_kernel(jnp.asarray(kernel), mask, H, settings, f"{path}.{name}")
+        done[name] = rebuild(packed)
+        reports.append(report)
+
+    groups: list[tuple[str, ...]] = []
+    if batches is not None:
+        x, context, _ = batches[0]
+        groups = shared_inputs(block, x, context, list(linears))
+    for name in set(linears) - {n for group in groups for n in group}:
+        if settings.method != "rtn":
+            raise ValueError(f"{path}.{name}: the block's forward pass never used this layer")
+        finish(name, None)
+    for stage in [[group] for group in groups] if settings.true_sequential else [groups]:
+        Hs = _hessians(block, batches, stage, linears) if stage else ()
+        for group, H in zip(stage, Hs, strict=True):
+            for name in group:
+                finish(name, H)
+        for name in done:
+            linears[name].kernel.set_value(done[name])
+    return done, reports
+
+
+def _hessians(
+    block: nnx.Module, batches: list[Batch], stage: list[tuple[str, ...]], linears: Any
+) -> tuple[jax.Array, ...]:
+    graph, state = nnx.split(block)
+    names = tuple(group[0] for group in stage)
+    sizes = [linears[name].kernel.get_value().shape[0] for name in names]
+    Hs, seen = tuple(jnp.zeros((n, n), jnp.float32) for n in sizes), 0
+    for x, context, mask in batches:
+        Hs = _add_grams(graph, names, state, x, context, mask, Hs, jnp.float32(seen))
+        seen += len(x)
+    return Hs
