@@ -6,7 +6,9 @@ renames a checkpoint into place when it is whole, but reads whatever bytes lie t
 the device before saving, tell a damaged checkpoint from a good one on any mesh.
 """
 
+import gc
 import json
+import logging
 import os
 import sys
 import warnings
@@ -272,13 +274,25 @@ def _read_arrays(step_directory: Path, meta: Mapping, like: Mapping[str, Any], p
             args = ocp.args.PyTreeRestore(targets, restore_args=kinds, partial_restore=partial)
             arrays = reader.restore(step_directory / "state", args=args)
     except Exception as error:  # Orbax and TensorStore raise many kinds for files that are not what they wrote
-        first = (str(error).splitlines() or [""])[0]
-        raise DamagedCheckpoint(f"{type(error).__name__}: {first[:200]}") from error
+        told = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    else:
+        told = ""
+    if told:
+        _drop_futures()
+        raise DamagedCheckpoint(told)
     prints = fingerprints(arrays)
     wrong = sorted(k for k, v in prints.items() if v != meta["fingerprints"][k])
     if wrong:
         raise DamagedCheckpoint(f"the contents of {', '.join(wrong[:3])}{', …' * (len(wrong) > 3)} have changed")
     return arrays
+
+
+def _drop_futures() -> None:
+    """Collect what a failed read leaves: every array that was not waited for would print a traceback at some time."""
+    log = logging.getLogger("asyncio")
+    before, log.disabled = log.disabled, True
+    gc.collect()
+    log.disabled = before
 
 
 def _crc(meta: Mapping) -> int:

@@ -39,7 +39,7 @@ class TrainConfig:
     """How to train. Counts are steps: one step consumes one batch and makes one update.
 
     - ``accumulate``: micro-batches that a batch is split into, run one after another. Not for losses that compare the
-      examples of a batch with one another (`jaxformers.losses.gradient_cache` is for those).
+      examples of a batch with one another (`jaxformers.train.gradient_cache` is for those).
     - ``compute_dtype``: dtype that the objective sees parameters in; None leaves each in its own. The masters that the
       optimiser updates are float32 in any case.
     - ``trainable``, ``freeze``: path patterns; None trains every floating-point leaf.

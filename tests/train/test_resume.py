@@ -18,6 +18,8 @@ from train import toy
 from jaxformers.train import DamagedCheckpoint, TrainConfig, checkpoint, fit, load_params
 from jaxformers.train.checkpoint import Checkpoints, fingerprints
 
+# TensorStore's threads complain when the read that they belonged to has failed
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 HERE = Path(__file__).parent
 
 
