@@ -16,6 +16,8 @@ from jaxformers.nn.linear import Linear
 from jaxformers.nn.positions import rotate
 from jaxformers.sites import site, wanted
 
+MASKED = -1e30  # added to the score of a key that is not to be seen: swallows any score, and overflows with none
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -89,23 +91,25 @@ def attend(
 
     Heads must be a multiple of kv_heads. Scores and softmax are float32. The fused path is taken unless somebody asked
     for the sites ``<path>.scores`` or ``<path>.probs``, or dropout acts on the probabilities. A query that sees no key
-    gets the mean of all values (its output is not meaningful, but finite).
+    gets the mean of all values (its output is not meaningful, but finite; values and gradient are Hugging Face's).
     """
     batch, queries, heads, size = q.shape
     keys, kv_heads = k.shape[1], k.shape[2]
     scale = size**-0.5 if scale is None else scale
     allowed = None if mask is None else mask.dense(queries, keys)
+    penalty = None if allowed is None else jnp.where(allowed, 0.0, MASKED)
     observed = wanted(f"{path}.scores") or wanted(f"{path}.probs")
     if not observed and (key is None or rate == 0.0):
-        return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=allowed, scale=scale)
+        penalty = bias if penalty is None else penalty if bias is None else bias + penalty
+        return jax.nn.dot_product_attention(q, k, v, bias=penalty, scale=scale)
     grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, size)
     scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, heads, queries, keys) * scale
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)
     scores = site(f"{path}.scores", scores)
-    if allowed is not None:
-        scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
+    if penalty is not None:
+        scores = scores + penalty
     probs = site(f"{path}.probs", jax.nn.softmax(scores, axis=-1))
     probs = dropout(probs, rate, key).astype(v.dtype)
     grouped_probs = probs.reshape(batch, kv_heads, heads // kv_heads, queries, keys)
