@@ -13,7 +13,7 @@ from which package of the standard library is this line of code?).
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,10 @@ from jaxformers.train import OptimConfig, TrainConfig, fit
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """`teacher`: a checkpoint; None trains one of the sizes below. Lengths in tokens, batches in rows."""
+    """`teacher`: a checkpoint; None trains one of the sizes below. Lengths in tokens, batches in rows.
+
+    `with_probe_text`: the probe's training texts, without their labels, join the corpus.
+    """
 
     teacher: str | None = None
     data: Path | None = None
@@ -50,6 +53,7 @@ class Config:
     teacher_batch: int = 64
     teacher_rate: float = 1e-3
     masked: float = 0.3
+    with_probe_text: bool = True
     layers: int = 2
     width: int = 64
     relation_heads: int = 8
@@ -58,6 +62,7 @@ class Config:
     rate: float = 2e-3
     warmup: float = 0.1
     length: int = 64
+    heldout_rows: int = 256
     probe_rows: int = 12_000
     seeds: int = 3
 
@@ -65,7 +70,7 @@ class Config:
 PRESETS = {
     "smoke": Config(
         vocab=400, teacher_width=32, teacher_steps=6, teacher_batch=8, layers=1, width=16, steps=6, batch=8, length=32,
-        probe_rows=200, seeds=1,
+        heldout_rows=16, probe_rows=200, seeds=1,
     ),
     "small": Config(),
     "paper": Config(
@@ -76,15 +81,17 @@ PRESETS = {
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
+    probe_data = probe_texts(config)
     train_texts, heldout_texts = corpus(config)
+    if config.with_probe_text:
+        train_texts = train_texts + probe_data["train"][0]
     if config.teacher is None:
         tokenizer = train_wordpiece(train_texts, config.vocab, max_length=config.length)
         teacher, teacher_loss = train_teacher(config, train_texts, heldout_texts, tokenizer, out)
     else:
         teacher, teacher_loss = jf.load(config.teacher, head="none"), None
         tokenizer = load_tokenizer(teacher.source)
-    heldout = heldout_texts[: max(len(heldout_texts) // 4, 1)]  # enough to tell a loss by, and soon read
-    probe_data = probe_texts(config)
+    heldout = list(until(heldout_texts, 5 * config.length * config.heldout_rows))  # some five characters a token
     size = StudentConfig(config.layers, config.width, config.heads if config.teacher is None else None)
     variants = {
         "v1": minilm.v1(),
@@ -151,6 +158,15 @@ def corpus(config: Config) -> tuple[list[str], list[str]]:
     return tuple([t for t in read_texts(root / f"{part}.txt.gz") if t.strip()] for part in ("valid", "test"))
 
 
+def until(texts: list[str], characters: int) -> Iterator[str]:
+    """The first texts of together about so many characters, one at least."""
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return
+
+
 def probe_texts(config: Config) -> dict[str, Any]:
     """{"task": its name, "train": (texts, labels), "dev": (texts, labels)}"""
     root = common.shared_data("sst2_small", config.probe)
@@ -172,7 +188,8 @@ def probe_texts(config: Config) -> dict[str, Any]:
     order = np.random.default_rng(0).permutation(len(lines))
     lines, labels = [lines[i] for i in order], np.array(labels)[order]
     cut = min(len(lines) * 9 // 10, config.probe_rows)
-    parts = {"train": (lines[:cut], labels[:cut]), "dev": (lines[cut : cut + 2000], labels[cut : cut + 2000])}
+    end = cut + min(cut, 2000)
+    parts = {"train": (lines[:cut], labels[:cut]), "dev": (lines[cut:end], labels[cut:end])}
     return {"task": "package of a line of code", **parts}
 
 
@@ -225,7 +242,7 @@ def train_teacher(
         log_every=max(config.teacher_steps // 50, 1),
     )
     data = array_batches(pack(texts, tokenizer, config.length), config.teacher_batch)
-    rows = {k: v[: 16 * config.teacher_batch] for k, v in pack(heldout, tokenizer, config.length).items()}
+    rows = {k: v[: 4 * config.heldout_rows] for k, v in pack(heldout, tokenizer, config.length).items()}
     held = array_batches(rows, config.teacher_batch, shuffle=False, epochs=1, drop_remainder=False)
     everything = {"model": params, "head": head}
     done = fit(objective, everything, data, train, key=jax.random.key(1), eval_data=held, directory=out / "teacher-run")
