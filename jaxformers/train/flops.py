@@ -18,6 +18,7 @@ PEAK = {
     "tpu v6 lite": 918e12,
     "tpu v6e": 918e12,
     "tpu7x": 1153.5e12,
+    "tpu v7x": 1153.5e12,
     "nvidia b200": 2250e12,
     "nvidia h200": 989e12,
     "nvidia h100 80gb hbm3": 989e12,
