@@ -144,8 +144,21 @@ def load_splits(
         raise ValueError("data: no class has two or more different texts to train on; check the columns and ids")
     if not labelled:
         distractors = [t for e in train for t in e.right] if large_val else []
-        val, test = (None if part is None else _retrieval(part, distractors) for part in (val, test))
+        val, test = (None if part is None else retrieval(part, distractors) for part in (val, test))
     return Split(classes, val, test)
+
+
+def retrieval(entities: list[Entity], distractors: Sequence[str]) -> Retrieval | None:
+    """Left texts look for the right texts of their entity among those of all entities and the distractors."""
+    corpus, place = [], {}
+    for text in [*(t for e in entities for t in e.right), *distractors]:
+        if text not in place:
+            place[text] = len(corpus)
+            corpus.append(text)
+    queries = [(q, tuple(sorted({place[t] for t in e.right}))) for e in entities if e.right for q in e.left]
+    if not queries:
+        return None
+    return Retrieval(tuple(q for q, _ in queries), tuple(corpus), tuple(r for _, r in queries))
 
 
 def read_table(table: Any, name: str) -> DataFrame:
@@ -277,15 +290,3 @@ def _split(n: int, val_perc: float, test_at_end: bool, rng: np.random.Generator)
         raise ValueError(f"val_perc: {n} classes or rows cannot be split; set it to 0 or 1, or give val_data")
     tested = held // 2 if test_at_end else 0
     return np.sort(order[held:]), np.sort(order[tested:held]), np.sort(order[:tested])
-
-
-def _retrieval(entities: list[Entity], distractors: Sequence[str]) -> Retrieval | None:
-    corpus, place = [], {}
-    for text in [*(t for e in entities for t in e.right), *distractors]:
-        if text not in place:
-            place[text] = len(corpus)
-            corpus.append(text)
-    queries = [(q, tuple(sorted({place[t] for t in e.right}))) for e in entities if e.right for q in e.left]
-    if not queries:
-        return None
-    return Retrieval(tuple(q for q, _ in queries), tuple(corpus), tuple(r for _, r in queries))

@@ -17,6 +17,7 @@ pd = pytest.importorskip("pandas")
 
 NAMES = ["north wind", "blue river", "global soft", "red stone", "acme works", "zeta labs", "orion motor", "green hill",
          "silver lake", "iron gate", "golden leaf", "quick fox"]  # fmt: skip
+ALIASES = ["mako", "tilo", "bero", "sani", "kuvo", "pelu", "rafi", "dome", "luxo", "quer", "wami", "zoph"]
 ENDINGS = ["inc", "ltd", "corporation", "gmbh", "group"]
 
 
@@ -24,7 +25,7 @@ ENDINGS = ["inc", "ltd", "corporation", "gmbh", "group"]
 def tiny(tmp_path_factory):
     """A 1-layer encoder with random weights and its tokenizer, saved."""
     directory = tmp_path_factory.mktemp("tiny") / "encoder"
-    tokenizer = train_wordpiece([f"{n} {e}" for n in NAMES for e in ENDINGS], 200)
+    tokenizer = train_wordpiece([f"{n} {e}" for n in NAMES + ALIASES for e in ENDINGS], 300)
     config = {
         "model_type": "bert", "vocab_size": tokenizer.vocab_size, "hidden_size": 32, "num_hidden_layers": 1,
         "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 32,
@@ -194,11 +195,14 @@ def test_chunks_give_the_same_parameters(tiny, tmp_path):
 
 
 def labelled_table():
+    """Names on the left, unrelated aliases on the right: only training can tell which belong together."""
     rng = np.random.default_rng(0)
-    rows = [(f"{n} {a}", f"{n} {b}", 1) for n in NAMES for a in ENDINGS[:2] for b in ENDINGS[2:]]
-    for n in NAMES:
-        others = [m for m in NAMES if m != n]
-        rows += [(f"{n} {a}", f"{others[rng.integers(11)]} {b}", 0) for a in ENDINGS[:2] for b in ENDINGS[2:]]
+    rows = []
+    for i, name in enumerate(NAMES):
+        for a in ENDINGS:
+            for b in ENDINGS:
+                rows.append((f"{name} {a}", f"{ALIASES[i]} {b}", 1))
+                rows.append((f"{name} {a}", f"{ALIASES[(i + rng.integers(1, 12)) % 12]} {b}", 0))
     return pd.DataFrame(rows, columns=["left", "right", "same"])
 
 
@@ -206,10 +210,11 @@ def labelled_table():
 def test_labelled_pairs_train(tiny, tmp_path, loss_type):
     lt.train_model(
         labelled_table(), model_path=tiny, left_col_names=["left"], right_col_names=["right"], label_col_name="same",
-        training_args=args(tmp_path, loss_type=loss_type, num_epochs=6),
+        training_args=args(tmp_path, loss_type=loss_type, num_epochs=8 if loss_type == "onlinecontrastive" else 40),
     )  # fmt: skip
     evaluation = json.loads((tmp_path / "out" / "LT_evaluation.json").read_text())
-    assert evaluation["after"]["ap"] > evaluation["before"]["ap"]
+    assert evaluation["before"]["ap"] < 0.7 and evaluation["after"]["ap"] > 0.9
+    assert evaluation["test"]["ap"] > 0.9
     assert set(evaluation["test"]) >= {"accuracy", "f1", "ap", "f1_threshold"}
 
 
