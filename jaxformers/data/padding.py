@@ -37,7 +37,10 @@ def pad_rows(rows: Sequence[Sequence[int]], length: int, fill: int, side: str) -
     out = np.full((len(rows), length), fill, np.int32)
     for i, row in enumerate(rows):
         if len(row):
-            out[i, slice(0, len(row)) if side == "right" else slice(length - len(row), length)] = row
+            try:
+                out[i, slice(0, len(row)) if side == "right" else slice(length - len(row), length)] = row
+            except OverflowError:
+                raise ValueError(f"rows: row {i} holds {max(row, key=abs)}, which is no int32") from None
     return out
 
 

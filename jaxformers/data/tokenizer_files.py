@@ -62,7 +62,7 @@ def read_tokenizer(directory: Path) -> tuple[Tokenizer, dict]:
     config = _read_config(directory)
     if (path := directory / "tokenizer.json").exists():
         core = _from_tokenizer_json(path)
-        _guarded(directory, _apply_overrides, core, config)
+        guarded(directory, _apply_overrides, core, config)
         frame = None
     elif (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
         core, frame = _from_merges(directory, config)
@@ -70,16 +70,17 @@ def read_tokenizer(directory: Path) -> tuple[Tokenizer, dict]:
         core, frame = _from_vocab(directory / "vocab.txt", config)
     else:
         raise ValueError(_nothing_found(directory))
-    _guarded(directory, _add_tokens, core, config, directory)
+    guarded(directory, _add_tokens, core, config, directory)
     if frame is not None:
-        core.post_processor = _guarded(directory, _post_processor, core, frame, config, directory)
+        core.post_processor = guarded(directory, _post_processor, core, frame, config, directory)
     core.no_truncation()
     core.no_padding()
+    _check_ids(core, directory)
     return core, config
 
 
 def _read_config(directory: Path) -> dict:
-    """tokenizer_config.json, completed by special_tokens_map.json; special tokens as strings, their flags in _flags."""
+    """tokenizer_config.json completed by special_tokens_map.json; special tokens as strings, their flags in _flags."""
     config = read_json(path) if (path := directory / "tokenizer_config.json").exists() else {}
     if (path := directory / "special_tokens_map.json").exists():
         for key, value in read_json(path).items():
@@ -87,13 +88,31 @@ def _read_config(directory: Path) -> dict:
     flags = {}
     for name in NAMES:
         value = config.get(key := f"{name}_token")
-        if isinstance(value, dict):  # {"content": "<mask>", "lstrip": true, ...}
-            flags[value.get("content")] = value
-            value = config[key] = value.get("content")
-        if value is not None and not isinstance(value, str):
+        content = value.get("content") if isinstance(value, dict) else value  # {"content": "<mask>", "lstrip": true}
+        if content is not None and not isinstance(content, str):
             raise ValueError(f"{directory}: {key} is {value!r}; expected a string")
-    config["_flags"] = flags
-    return config
+        if isinstance(value, dict):
+            config[key] = content
+            flags[content] = value
+    return config | {"_flags": flags, "_path": str(directory)}
+
+
+def _check_ids(core: Tokenizer, directory: Path) -> None:
+    """The ids of the vocabulary fit into int32, and what is put around texts is in it."""
+    ids = core.get_vocab(with_added_tokens=True).values()
+    if not ids or max(ids) >= 2**31:
+        raise ValueError(f"{directory}: {'an empty vocabulary' if not ids else f'a token has id {max(ids)}'}")
+    for i in guarded(directory, core.encode, "", "").ids:
+        if core.id_to_token(i) is None:
+            raise ValueError(f"{directory}: the post-processor puts id {i} around texts, which the vocabulary lacks")
+
+
+def flag(config: dict, key: str, default: bool | None) -> bool | None:
+    """A yes or no of a configuration file; `default` where it is absent or null. ValueError for anything else."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{config.get('_path')}: {key} is {value!r}; expected true or false")
+    return default if value is None else value
 
 
 def _family(directory: Path, config: dict) -> str | None:
@@ -107,20 +126,20 @@ def _family(directory: Path, config: dict) -> str | None:
     return None
 
 
-def _guarded(path: Path, build, *args, **kwargs):
-    """Call into the Rust library; whatever it raises (a panic is no Exception) becomes a ValueError naming the file."""
+def guarded(place: object, function, *args, **kwargs):
+    """Call into the Rust library; whatever it raises (a panic is no Exception) becomes a ValueError naming `place`."""
     try:
-        return build(*args, **kwargs)
+        return function(*args, **kwargs)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
-        if type(error) is ValueError and str(error).startswith(str(path)):
+        if type(error) is ValueError and str(error).startswith(str(place)):
             raise
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{place}: {error}") from None
 
 
 def _from_tokenizer_json(path: Path) -> Tokenizer:
-    core = _guarded(path, Tokenizer.from_str, read_utf8(path))
+    core = guarded(path, Tokenizer.from_str, read_utf8(path))
     unknown = getattr(core.model, "unk_token", None)
     if isinstance(core.model, models.WordPiece | models.WordLevel) and core.model.token_to_id(unknown) is None:
         raise ValueError(f"{path}: the unknown token {unknown!r} is not in the vocabulary")
@@ -133,12 +152,12 @@ def _apply_overrides(core: Tokenizer, config: dict) -> None:
     if isinstance(old, normalizers.BertNormalizer):
         core.normalizer = normalizers.BertNormalizer(
             clean_text=old.clean_text,
-            handle_chinese_chars=bool(config.get("tokenize_chinese_chars", old.handle_chinese_chars)),
-            strip_accents=config.get("strip_accents", old.strip_accents),
-            lowercase=bool(config.get("do_lower_case", old.lowercase)),
+            handle_chinese_chars=flag(config, "tokenize_chinese_chars", old.handle_chinese_chars),
+            strip_accents=flag(config, "strip_accents", old.strip_accents),
+            lowercase=flag(config, "do_lower_case", old.lowercase),
         )
-    space = config.get("add_prefix_space")
-    if isinstance(core.pre_tokenizer, pre_tokenizers.ByteLevel) and isinstance(space, bool):
+    if isinstance(core.pre_tokenizer, pre_tokenizers.ByteLevel):
+        space = flag(config, "add_prefix_space", core.pre_tokenizer.add_prefix_space)
         if core.pre_tokenizer.add_prefix_space != space:
             spec = json.loads(core.to_str())
             for part in ("pre_tokenizer", "post_processor"):  # the latter trims the offsets by it
@@ -166,12 +185,12 @@ def _from_vocab(path: Path, config: dict) -> tuple[Tokenizer, str]:
     unknown = config["unk_token"]
     if unknown not in vocab:
         raise ValueError(f"{path}: the unknown token {unknown!r} is not in it")
-    core = Tokenizer(_guarded(path, models.WordPiece, vocab, unk_token=unknown, max_input_chars_per_word=100))
+    core = Tokenizer(guarded(path, models.WordPiece, vocab, unk_token=unknown, max_input_chars_per_word=100))
     core.normalizer = normalizers.BertNormalizer(
         clean_text=True,
-        handle_chinese_chars=bool(config.get("tokenize_chinese_chars", True)),
-        strip_accents=config.get("strip_accents"),
-        lowercase=bool(config.get("do_lower_case", True)),
+        handle_chinese_chars=flag(config, "tokenize_chinese_chars", True),
+        strip_accents=flag(config, "strip_accents", None),
+        lowercase=flag(config, "do_lower_case", True),
     )
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     core.decoder = decoders.WordPiece(prefix="##")
@@ -208,8 +227,8 @@ def _from_merges(directory: Path, config: dict) -> tuple[Tokenizer, str]:
         if len(pair) != 2:
             raise ValueError(f"{path}, line {number}: expected two tokens with one blank between, found {line[:60]!r}")
         merges.append(pair)
-    core = Tokenizer(_guarded(path, models.BPE, vocab=vocab, merges=merges))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
+    core = Tokenizer(guarded(path, models.BPE, vocab=vocab, merges=merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=flag(config, "add_prefix_space", False))
     core.decoder = decoders.ByteLevel()
     return core, frame
 
@@ -266,7 +285,7 @@ def _post_processor(core: Tokenizer, frame: str, config: dict, directory: Path):
         return _bos_eos(core, config, directory / "tokenizer_config.json")
     sep, cls = ((config[key], core.token_to_id(config[key])) for key in ("sep_token", "cls_token"))
     if frame == "roberta":
-        space = bool(config.get("add_prefix_space", False))
+        space = flag(config, "add_prefix_space", False)
         return processors.RobertaProcessing(sep, cls, trim_offsets=True, add_prefix_space=space)
     return processors.BertProcessing(sep, cls)
 
@@ -275,7 +294,7 @@ def _bos_eos(core: Tokenizer, config: dict, path: Path):
     """`add_bos_token`, `add_eos_token` of decoder-only models (OPT sets the first)."""
     tokens = {}
     for name in ("bos", "eos"):
-        tokens[name] = [config.get(f"{name}_token")] if config.get(f"add_{name}_token") else []
+        tokens[name] = [config.get(f"{name}_token")] if flag(config, f"add_{name}_token", False) else []
         if tokens[name] and tokens[name][0] is None:
             raise ValueError(f"{path}: add_{name}_token is set, but there is no {name}_token")
     single = [*tokens["bos"], "$A", *tokens["eos"]]

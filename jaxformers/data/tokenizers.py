@@ -18,7 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxformers.atomic import json_bytes, write_bytes_atomic
 from jaxformers.data.padding import bucket, check_side, length_buckets, pad_rows
-from jaxformers.data.tokenizer_files import NAMES, read_json, read_tokenizer, tokenizer_directory
+from jaxformers.data.tokenizer_files import NAMES, flag, guarded, read_json, read_tokenizer, tokenizer_directory
 
 __all__ = ["Tokenizer", "length_buckets", "load_tokenizer", "train_bpe", "train_wordpiece"]
 
@@ -49,7 +49,7 @@ class Tokenizer:
     """
 
     def __init__(self, core: tk.Tokenizer, config: dict | None = None, *, max_length: int | None = None):
-        config = {key: value for key, value in (config or {}).items() if key != "_flags"}
+        config = {key: value for key, value in (config or {}).items() if not key.startswith("_")}
         self.core = core
         self.config = config
         self.max_length = max_length
@@ -148,7 +148,7 @@ class Tokenizer:
             return ""
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 2**32:
             raise ValueError(f"ids: expected a vector of integers >= 0, got {ids.dtype} of shape {ids.shape}")
-        return self.core.decode(ids.tolist(), skip_special_tokens=skip_special_tokens)
+        return guarded("ids", self.core.decode, ids.tolist(), skip_special_tokens=skip_special_tokens)
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.json, tokenizer_config.json and special_tokens_map.json, {name: content}.
@@ -194,9 +194,9 @@ class Tokenizer:
             if limit is not None:
                 self.core.enable_truncation(limit, strategy="longest_first", direction=self.truncation_side)
             try:
-                return encode(items, add_special_tokens=add_special_tokens)
-            except Exception as error:  # the library raises bare exceptions
-                raise ValueError(f"texts: {_culprit(texts, pairs) or error}") from None
+                return guarded("texts", encode, items, add_special_tokens=add_special_tokens)
+            except ValueError as error:
+                raise ValueError(f"texts: {problem}" if (problem := _culprit(texts, pairs)) else str(error)) from None
             finally:
                 self.core.no_truncation()
 
@@ -224,7 +224,8 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     core, config = read_tokenizer(directory)
     path = next((path for path in sorted(directory.glob("sentence_*_config.json"))), None)
     sentence = read_json(path) if path else {}
-    if sentence.get("do_lower_case"):  # sentence-transformers lower-cases before the tokenizer sees the text
+    # sentence-transformers lower-cases before the tokenizer sees the text
+    if flag(sentence | {"_path": path}, "do_lower_case", False):
         parts = [normalizers.Lowercase()] + ([core.normalizer] if core.normalizer is not None else [])
         core.normalizer = normalizers.Sequence(parts)
     for source, value in (
