@@ -344,9 +344,22 @@ def _write_tensor(tensor: PendingTensor, file) -> None:
         raise ValueError(
             f"tensors: {show(tensor.name)} is {array.dtype} {array.shape}, announced was {expected} {tensor.shape}"
         )
-    # Row blocks of about 16 MB: a transposed or foreign-endian array is never copied whole.
-    rows = array if array.ndim else array[None]
-    step = max(1, (16 << 20) * len(rows) // max(1, array.nbytes))
-    for start in range(0, len(rows), step):
-        block = np.ascontiguousarray(rows[start : start + step], dtype=expected.newbyteorder("<"))
+    for block in _contiguous_blocks(array, expected.newbyteorder("<")):
         file.write(block.reshape(-1).view(np.uint8).data)
+
+
+def _contiguous_blocks(array: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The array's leading rows, a few at a time: transposed or of foreign byte order, it is never copied whole."""
+    if array.ndim != 2 or array.flags.c_contiguous:
+        rows = array if array.ndim else array[None]
+        step = max(1, (16 << 20) * len(rows) // max(1, array.nbytes))
+        for start in range(0, len(rows), step):
+            yield np.ascontiguousarray(rows[start : start + step], dtype=dtype)
+        return
+    tile = 64  # squares that stay in the first cache: several times faster than turning whole rows
+    for start in range(0, len(array), tile):
+        rows = array[start : start + tile]
+        block = np.empty(rows.shape, dtype)
+        for column in range(0, rows.shape[1], tile):
+            block[:, column : column + tile] = rows[:, column : column + tile]
+        yield block
