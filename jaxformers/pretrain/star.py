@@ -34,7 +34,7 @@ from jaxformers.atomic import write_json_atomic
 from jaxformers.data.tokenizers import Tokenizer, load_tokenizer
 from jaxformers.embedding import embed
 from jaxformers.functional import functional, with_params
-from jaxformers.losses import info_nce, supcon_loss
+from jaxformers.losses import MAX_SCALE, info_nce, supcon_loss
 from jaxformers.pretrain.star_attribution import AuthorIndex, Verifier, checked_texts, cluster, verify
 from jaxformers.pretrain.star_batches import AuthorBatches, author_table
 from jaxformers.train.gradient_cache import gradient_cache
@@ -90,10 +90,10 @@ class StylePretrainer:
     """Makes a style encoder out of `backbone` (a checkpoint directory, hub id, or nnx encoder).
 
     `pool`: "mean_linear" or "cls_pooler" (the backbone's own pooler where it has one, else a new one from `key`).
-    `loss`: "supcon". `temperature` None learns the scale, from 1/0.07 and at most 100; a number fixes 1/temperature.
-    `compat="star"` takes the loss as the published code computes it. `tuned_layers` n > 0 trains the last n layers and
-    the pooling layer only; 0 trains everything. `max_length`: texts are cut to so many tokens; None: as many as the
-    backbone takes.
+    `loss`: "supcon". `temperature` None learns the scale, from 1/0.07 and at most 100; a number (0.01 or more) fixes
+    it at 1/temperature. `compat="star"` takes the loss as the published code computes it. `tuned_layers` n > 0 trains
+    the last n layers and the pooling layer only; 0 trains everything. `max_length`: texts are cut to so many tokens;
+    None: as many as the backbone takes.
     """
 
     def __init__(
@@ -117,8 +117,8 @@ class StylePretrainer:
             raise ValueError(f"compat: must be None or 'star', got {compat!r}")
         if compat == "star" and temperature is not None:
             raise ValueError("temperature: the published loss has none; leave it None with compat='star'")
-        if temperature is not None and not temperature > 0:
-            raise ValueError(f"temperature: must be > 0, got {temperature}")
+        if temperature is not None and not temperature >= 1 / MAX_SCALE:
+            raise ValueError(f"temperature: must be >= {1 / MAX_SCALE} (a scale of {MAX_SCALE:g}), got {temperature}")
         model = backbone if isinstance(backbone, nnx.Module) else hub.load(backbone, head=hub.NO_HEAD)
         if not 0 <= tuned_layers <= len(model.layers):
             raise ValueError(f"tuned_layers: must be in 0..{len(model.layers)}, got {tuned_layers}")
@@ -192,10 +192,13 @@ class StylePretrainer:
             below = len(self.model.layers) - self.tuned_layers
             frozen = (*frozen, "model.embeddings.**", *(f"model.layers.{i}.**" for i in range(below)))
         run = dataclasses.replace(train, freeze=frozen, scan_layers=False, remat=None)
+        if self.temperature is None:  # weight decay would pull the scale to 1
+            keep = (*run.optim.no_decay, "log_scale")
+            run = dataclasses.replace(run, optim=dataclasses.replace(run.optim, no_decay=keep))
         loss = {"temperature": self.temperature, "compat": self.compat}
         done = fit(
             star_objective(chunk, **loss), everything, data, run, key=key, apply=apply, eval_data=held,
-            eval_objective=star_validation(chunk, compat=self.compat), directory=directory, mesh=mesh,
+            eval_objective=star_validation(chunk, **loss), directory=directory, mesh=mesh,
         )  # fmt: skip
         scale = None if self.temperature is not None else float(done.params["log_scale"])
         settings = {**self.settings, "log_scale": scale, "authors": len(data.authors), "steps": done.step}
@@ -210,16 +213,15 @@ def star_objective(chunk: int, *, temperature: float | None = None, compat: str 
 
     def objective(apply: Any, params: Any, batch: Any, key: jax.Array | None):
         z = _encode(apply, params["model"], batch, key, chunk)
-        log_scale = params.get("log_scale")
-        loss = supcon_loss(z, batch["labels"], temperature=temperature, log_scale=log_scale, compat=compat)
-        scale = 1 / temperature if log_scale is None else jnp.exp(log_scale)
+        log_scale = _log_scale(params, temperature)
+        loss = supcon_loss(z, batch["labels"], log_scale=log_scale, compat=compat)
         bound = jnp.maximum if compat == "star" else jnp.minimum
-        return loss, {"scale": jnp.asarray(scale) if log_scale is None else bound(scale, 100.0)}
+        return loss, {"scale": bound(jnp.exp(log_scale), MAX_SCALE)}
 
     return objective
 
 
-def star_validation(chunk: int, *, compat: str | None = None) -> Callable:
+def star_validation(chunk: int, *, temperature: float | None = None, compat: str | None = None) -> Callable:
     """Objective for evaluation: InfoNCE between the means of an author's first and second quarter of views.
 
     Metrics: accuracy, the mean of row and column hits. As published, the scale is min(exp(log_scale), 100).
@@ -228,12 +230,16 @@ def star_validation(chunk: int, *, compat: str | None = None) -> Callable:
     def objective(apply: Any, params: Any, batch: Any, key: jax.Array | None):
         z = _encode(apply, params["model"], batch, key, min(chunk, batch["input_ids"][..., 0].size))
         quarter = z.shape[1] // 4
-        log_scale = params.get("log_scale", jnp.float32(math.log(1 / 0.07)))
         anchor, replica = z[:, :quarter].mean(1), z[:, quarter : 2 * quarter].mean(1)
-        loss, accuracy = info_nce(anchor, replica, log_scale=log_scale, compat=compat)
+        loss, accuracy = info_nce(anchor, replica, log_scale=_log_scale(params, temperature), compat=compat)
         return loss, {"accuracy": accuracy}
 
     return objective
+
+
+def _log_scale(params: Any, temperature: float | None) -> jax.Array:
+    """ln of the similarity scale: learnt, or 1 / temperature."""
+    return params["log_scale"] if "log_scale" in params else jnp.float32(-math.log(temperature or 0.07))
 
 
 def _encode(apply: Any, params: Any, batch: Any, key: jax.Array | None, chunk: int) -> jax.Array:

@@ -265,7 +265,7 @@ def test_errors_name_the_argument(table, tokenizer):
         ({"loss": "triplet"}, "loss: must be 'supcon'"),
         ({"compat": "moco"}, "compat"),
         ({"compat": "star", "temperature": 0.1}, "temperature"),
-        ({"temperature": 0.0}, "temperature: must be > 0"),
+        ({"temperature": 0.0}, "temperature: must be >= 0.01"),
         ({"tuned_layers": 3}, "tuned_layers: must be in 0..2"),
         ({"max_length": 65}, "max_length: must be in 1..64"),
         ({"tokenizer": None}, "tokenizer: the backbone has no directory"),
