@@ -41,14 +41,14 @@ PROMPTS = ("The value of the expression is", "    def __init__(self", "When an e
 class Settings:
     """Sizes that fit three minutes on two cores. ``length`` tokens a sequence, ``batch`` sequences a step."""
 
-    vocab: int = 2048
-    width: int = 192
+    vocab: int = 1024
+    width: int = 128
     depth: int = 4
-    heads: int = 6
-    mlp: int = 512
+    heads: int = 4
+    mlp: int = 384
     length: int = 128
-    batch: int = 16
-    steps: int = 300
+    batch: int = 8
+    steps: int = 400
     source_bytes: int = 1_200_000
     calibration: int = 32
     bits: tuple[int, ...] = (8, 4, 3, 2)
@@ -211,7 +211,7 @@ def docstring_tables() -> tuple[list[str], list[str], list[int]]:
             borrowed = getattr(ours, "__module__", None) not in (module.__name__, None) and module is not str
             if theirs is None or borrowed or not callable(ours):
                 continue
-            one, other = _first_sentence(ours, name), _first_sentence(theirs, name)
+            one, other = _first_sentences(ours, name), _first_sentences(theirs, name)
             if one and other:
                 left.append(one)
                 if other not in right:
@@ -220,11 +220,12 @@ def docstring_tables() -> tuple[list[str], list[str], list[int]]:
     return left, right, truth
 
 
-def _first_sentence(function: Any, name: str) -> str:
+def _first_sentences(function: Any, name: str) -> str:
+    """The first two sentences of a docstring without its signature, ``name`` removed."""
     paragraphs = [" ".join(p.split()) for p in inspect.cleandoc(function.__doc__ or "").split("\n\n")]
-    prose = [p for p in paragraphs if p and not re.match(r"^[\w.]*\(.*\)( -> .*)?$", p)]  # not the signature
-    sentence = re.split(r"(?<=[.!?])\s", prose[0])[0] if prose else ""
-    return " ".join(re.sub(rf"(?i)\b{re.escape(name)}\b", "", sentence).split())
+    prose = [p for p in paragraphs if p and not re.match(r"^[\w.]*\(.*\)( -> .*)?$", p)]
+    sentences = re.split(r"(?<=[.!?])\s", " ".join(prose[:2]))[:2]
+    return " ".join(re.sub(rf"(?i)\b{re.escape(name)}\b", "", " ".join(sentences)).split())
 
 
 def link(console: Console) -> list[dict[str, Any]]:
@@ -247,7 +248,7 @@ def link(console: Console) -> list[dict[str, Any]]:
     best = rows[1]["picked"]
     for i in range(0, len(left), len(left) // 4):
         mark = "=" if best[i] == truth[i] else "≠"
-        console.print(f"{left[i]!r} {mark} {right[best[i]]!r}", markup=False)
+        console.print(f"{left[i][:50]!r} {mark} {right[best[i]][:50]!r}", markup=False)
     return rows
 
 
