@@ -14,6 +14,7 @@ from flax import nnx
 from jaxformers import surgery
 from jaxformers.nn.block import REMAT, Layers, stack, unstack
 from jaxformers.nn.output import Output
+from jaxformers.paths import dotted
 
 Params = dict[str, Any]
 Apply = Callable[..., Output]
@@ -71,9 +72,13 @@ def with_params(model: nnx.Module, params: Params) -> nnx.Module:
             if isinstance(child, Layers):
                 setattr(module, name, stack(child) if stacked else unstack(child))
     graph, state = nnx.split(surgery.named(model))
-    ours, theirs = (jax.tree_util.tree_structure(t) for t in (nnx.to_pure_dict(state), params))
+    state = nnx.to_pure_dict(state)
+    ours, theirs = (jax.tree_util.tree_structure(t) for t in (state, params))
     if ours != theirs:
         raise ValueError("params: the tree does not fit this model; they must come from jf.functional of its like")
+    for (path, old), new in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(params), strict=True):
+        if old.shape != new.shape:
+            raise ValueError(f"params: {dotted(path)} has shape {new.shape}, the model's has {old.shape}")
     model = surgery.named(nnx.merge(graph, params))
     for _, module in list(nnx.iter_modules(model)):
         for name, child in list(vars(module).items()):
