@@ -178,7 +178,9 @@ def _dataset(
         return gather(mine, index) if whole else gather(mine)
 
     source = grain.MapDataset.range(per_epoch * epochs if epochs else _ENDLESS).map(batch)
-    return source.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+    dataset = source.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
+    dataset.endless = epochs is None  # `fit` refuses to evaluate on such a dataset instead of never coming back
+    return dataset
 
 
 def _permutation(n: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,13 +12,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxformers.atomic import write_text_atomic
+
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, flushed as it is written. Numbers that are not finite become null."""
+    """`metrics.jsonl`: one JSON object a line, flushed as it is written. Numbers that are not finite become null.
+
+    ``kept`` are the records up to step ``resume_at`` of a run that is taken up.
+    """
 
     def __init__(self, path: Path, resume_at: int = 0):
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
+        self.kept: list[dict[str, Any]] = []
         if resume_at and path.exists():  # lines of steps that are about to be run again would stand there twice
             for line in path.read_text().splitlines():
                 try:
@@ -27,10 +31,8 @@ class MetricsFile:
                 except ValueError:
                     continue  # the line that was being written when the process was killed
                 if record.get("step", 0) <= resume_at:
-                    kept.append(line)
-        beside = path.with_name(path.name + ".new")
-        beside.write_text("".join(line + "\n" for line in kept))
-        os.replace(beside, path)
+                    self.kept.append(record)
+        write_text_atomic(path, "".join(json.dumps(record) + "\n" for record in self.kept))
         self._file = path.open("a")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -104,7 +106,9 @@ class Recorder:
         self._bar = Progress(total, start, progress)
         self._files: list[Any] = []
         if directory is not None and jax.process_index() == 0:
-            self._files.append(MetricsFile(directory / "metrics.jsonl", resume_at=start))
+            metrics_file = MetricsFile(directory / "metrics.jsonl", resume_at=start)
+            self._files.append(metrics_file)
+            self.history += metrics_file.kept
             if tensorboard:
                 from jaxformers.train.tensorboard import EventFile
 

@@ -9,6 +9,7 @@ under frozen paths: arrays that it closes over would be compiled into the progra
 """
 
 import dataclasses
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -96,7 +97,8 @@ class NonFiniteLoss(FloatingPointError):
 @dataclasses.dataclass(frozen=True)
 class FitResult:
     """What a run leaves: ``params`` in the tree that was given (trained leaves in float32), ``ema`` likewise or None,
-    ``model`` with those parameters when `fit` was given one, the records of `metrics.jsonl` as ``history``."""
+    ``model`` with those parameters when `fit` was given one, the records of `metrics.jsonl` as ``history``, those
+    from before an interruption included."""
 
     params: Any
     ema: Any
@@ -171,16 +173,19 @@ def fit(
         raise ValueError("optimizer: it replaces config.optim, which must then be left at its default")
     if directory is None and (config.checkpoint_every or config.tensorboard or config.best):
         raise ValueError("directory: checkpoint_every, best and tensorboard need a directory to write to")
+    if getattr(eval_data, "endless", False):
+        raise ValueError("eval_data: it has no end; make it with epochs=1")
     if (config.best or config.eval_every) and eval_data is None and evaluate is None:
         raise ValueError("eval_data: eval_every and best need eval_data or evaluate")
     rate = None if optimizer is not None else schedule(config.optim, config.steps)
-    optimizer = make_optimizer(config.optim, config.steps, trained) if optimizer is None else optimizer
+    owners = dict(leaf_paths(params))
+    optimizer = make_optimizer(config.optim, config.steps, trained, owners) if optimizer is None else optimizer
     mesh = placement.mesh_of(params) if mesh is None else mesh
 
     # ---- place the state -------------------------------------------------------------------------------------------
     dtypes = {path: config.compute_dtype or x.dtype for path, x in trained.items()}
     state, frozen = _init(trained, frozen, params, optimizer, config, mesh, shardings)
-    plain = {path for path, owner in leaf_paths(params) if path == owner}
+    plain = {path for path, owner in owners.items() if path == owner}
     lower = lambda p, x: p in plain and config.compute_dtype and jnp.issubdtype(x.dtype, jnp.floating)
     used = {p: x.astype(config.compute_dtype) if lower(p, x) else x for p, x in frozen.items()}
 
@@ -233,8 +238,11 @@ def fit(
         params = state.params if state.ema is None else state.ema
         found: dict[str, float] = {}
         if eval_data is not None:
-            batches = (b for b in eval_data if not stop.received)  # the grace period after SIGTERM is short
+            # the grace period after SIGTERM is short
+            batches = itertools.takewhile(lambda _: not stop.received, eval_data)
             found = _mean((eval_step(placement.put_batch(b, mesh), params, used), batch_size(b)[0]) for b in batches)
+            if not found and not stop.received:
+                raise ValueError("eval_data: it holds no batch, or cannot be gone through a second time")
         if evaluate is not None and not stop.received:
             found |= {k: float(v) for k, v in evaluate(join(params, frozen), step).items()}
         if not stop.received:

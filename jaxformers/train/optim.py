@@ -221,13 +221,22 @@ def adafactor(
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(config: OptimConfig, steps: int, params: Mapping[str, jax.Array]) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimConfig, steps: int, params: Mapping[str, Any], owners: Mapping[str, str] | None = None
+) -> optax.GradientTransformation:
     """The optax transformation for ``config``: clipping by global norm, the optimiser, decay, the schedule.
 
-    ``params`` is the flat dict of *trainable* parameters, ``steps`` the number of updates of the whole run.
+    ``params`` is the flat dict of *trainable* parameters, ``steps`` the number of updates of the whole run, ``owners``
+    the path of the typed weight around each array, where that is another. Raises ValueError for a pattern in
+    ``config.no_decay``, other than the default ones, that matches nothing.
     """
     rate = schedule(config, steps)
-    decays = {path: not paths.matches(config.no_decay, path) for path in params}
+    owners = owners or {}
+    hit = lambda patterns, path: paths.matches(patterns, path) or paths.matches(patterns, owners.get(path, path))
+    for pattern in set(config.no_decay) - set(OptimConfig.no_decay):
+        if not any(hit(pattern, path) for path in params):
+            raise ValueError(f"no_decay: {pattern!r} matches none of the trained {', '.join(list(params)[:8])}, …")
+    decays = {path: not hit(config.no_decay, path) for path in params}
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     if config.name == "adafactor":
         rule = adafactor(

@@ -10,6 +10,7 @@ import pytest
 from train import toy
 
 import jaxformers as jf
+from jaxformers.data.batches import array_batches
 from jaxformers.train import NonFiniteLoss, OptimConfig, TrainConfig, fit
 from jaxformers.weights import LowRank, PackedWeight
 from jaxformers.weights.packed import pack_codes
@@ -294,6 +295,10 @@ def test_best_needs_a_metric_that_evaluation_gives(tmp_path):
         ({"checkpoint_every": 5}, "directory"),
         ({"tensorboard": True}, "directory"),
         ({"eval_every": 5}, "eval_data"),
+        ({"eval_data": array_batches(BATCH, 4)}, "eval_data: it has no end"),
+        ({"eval_data": []}, "eval_data: it holds no batch"),
+        ({"eval_data": iter([BATCH]), "eval_every": 1}, "eval_data: .* a second time"),
+        ({"optim": OptimConfig(no_decay=("**.norm",))}, "no_decay: '\\*\\*.norm' matches none"),
         ({"scan_layers": True}, "scan_layers"),
         ({"remat": "full"}, "remat"),
         ({"accumulate": 3}, "accumulate: a batch leaf of shape"),

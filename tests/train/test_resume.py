@@ -5,8 +5,10 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -23,12 +25,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 HERE = Path(__file__).parent
 
 
-def run(directory, out, *options):
-    """toy.py in a process of its own; its completed process."""
-    path = f"{HERE.parent.parent}{os.pathsep}{HERE}"
-    environment = os.environ | {"PYTHONPATH": path}
+def start(directory, out, *options, **environment):
+    """toy.py in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parent.parent}{os.pathsep}{HERE}"} | environment
     command = [sys.executable, str(HERE / "toy.py"), str(directory), str(out), *map(str, options)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(directory, out, *options):
+    """The same, until it ends: its completed process."""
+    process = start(directory, out, *options)
+    stdout, stderr = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def same(a, b):
@@ -68,6 +76,21 @@ def test_killed_again_and_again(unbroken, tmp_path):
     same(tmp_path / "out.npz", unbroken[1])
 
 
+def test_killed_at_any_moment(unbroken, tmp_path):
+    """From outside, whatever the process is doing: most of the time it is writing a checkpoint."""
+    rng = random.Random(1)
+    for _ in range(3):
+        process = start(tmp_path / "run", tmp_path / "out.npz", "--checkpoint-every", 1)
+        before = set((tmp_path / "run").glob("checkpoints/*"))
+        while process.poll() is None and set((tmp_path / "run").glob("checkpoints/*")) == before:
+            time.sleep(0.005)
+        time.sleep(rng.random() / 10)
+        process.kill()
+        process.communicate()
+    assert run(tmp_path / "run", tmp_path / "out.npz", "--checkpoint-every", 1).returncode == 0
+    same(tmp_path / "out.npz", unbroken[1])
+
+
 def test_sigterm_saves_once_and_exits_0(unbroken, tmp_path):
     stopped = run(tmp_path / "run", tmp_path / "out.npz", "--term-at", 17)
     assert stopped.returncode == 0 and "SIGTERM: saved step 17" in stopped.stderr
@@ -89,6 +112,41 @@ def test_onto_another_mesh(unbroken, tmp_path):
     ours, plain = np.load(tmp_path / "out.npz"), np.load(unbroken[1])
     for name in plain.files:
         np.testing.assert_allclose(ours[name], plain[name], rtol=1e-3, atol=1e-5)
+
+
+def together(tmp_path, name, *options):
+    """Two processes of four devices each train together; their return codes and what process 0 said."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    begun = [
+        start(
+            tmp_path / "run", tmp_path / f"{name}-{i}.npz", "--mesh", "data=2,fsdp=4", "--process", f"{i}/2:{port}",
+            *options, JAX_NUM_CPU_DEVICES="4",
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=150)[1] for process in begun]
+    return [process.returncode for process in begun], said
+
+
+def test_two_processes_train_stop_and_resume_as_one(unbroken, tmp_path):
+    codes, said = together(tmp_path, "a", "--term-at", 17)
+    assert codes == [0, 0], said
+    stopped = Checkpoints(tmp_path / "run" / "checkpoints").steps()
+    assert stopped[:2] == [7, 14] and stopped[2] == 20, "they agree to stop at the next report"
+    codes, said = together(tmp_path, "b")
+    assert codes == [0, 0], said
+    a, b, plain = np.load(tmp_path / "b-0.npz"), np.load(tmp_path / "b-1.npz"), np.load(unbroken[1])
+    for name in plain.files:
+        np.testing.assert_array_equal(a[name], b[name])
+        np.testing.assert_allclose(a[name], plain[name], rtol=1e-3, atol=1e-5)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(5, 41, 5)), "one process writes"
+    # and one process goes on where two stopped
+    done = run(tmp_path / "run", tmp_path / "c.npz")
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(np.load(tmp_path / "c.npz")["step"], 40)
 
 
 def _train(directory, steps=12, **options):
@@ -135,7 +193,7 @@ def test_damaged_newest_is_skipped(trained, tmp_path, capfd, damage, target):
     with pytest.warns(UserWarning, match="checkpoint 12 in .* is damaged .*; using 8 instead"):
         again = _train(tmp_path / "run")
     assert "checkpoint 12" in capfd.readouterr().err
-    assert [r["step"] for r in again.history if r["kind"] == "train"] == [12]
+    assert [r["step"] for r in again.history if r["kind"] == "train"] == [4, 8, 12]
     for a, b in zip(jax.tree.leaves(want.params), jax.tree.leaves(again.params), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [4, 8, 12]

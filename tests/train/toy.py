@@ -52,7 +52,12 @@ def main():
     parser.add_argument("--mesh")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--checkpoint-every", type=int, default=7)
+    parser.add_argument("--process", help="I/N:PORT, one of N processes that train together")
     args = parser.parse_args()
+    if args.process:
+        which, port = args.process.split(":")
+        index, count = which.split("/")
+        jax.distributed.initialize(f"localhost:{port}", int(count), int(index))
 
     def signals(batch, seen=[0]):  # noqa: B006  (counts on purpose)
         seen[0] += 1
@@ -76,7 +81,12 @@ def main():
     result = fit(
         objective, (apply, parameters()), data, config, key=jax.random.key(7), directory=args.directory, mesh=mesh
     )
-    named = jax.tree_util.tree_flatten_with_path({"params": result.params, "ema": result.ema})[0]
+    gather = lambda tree: tree
+    if args.process:  # every process holds a part
+        from jax.experimental.multihost_utils import process_allgather
+
+        gather = lambda tree: jax.tree.map(lambda x: process_allgather(x, tiled=True), tree)
+    named = jax.tree_util.tree_flatten_with_path(gather({"params": result.params, "ema": result.ema}))[0]
     np.savez(Path(args.out), step=result.step, **{jax.tree_util.keystr(k): np.asarray(x) for k, x in named})
 
 
