@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
@@ -32,11 +35,13 @@ def topk(
     *,
     query_block: int = 1024,
     key_block: int | None = 8192,
+    mesh: Mesh | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k keys of largest inner product for each query: (scores (n, k) float32, indices (n, k) int64), descending.
 
     queries (n, D), keys (m, D); 1 <= k <= m. `key_block=None` scores a block of queries against all keys at once (fast
     for small tables), otherwise memory is query_block x key_block scores. Results do not depend on the blocks.
+    With a `mesh` each device holds a slice of the keys and a running top-k; then the devices' candidates are merged.
     """
     queries, keys = _check(queries, keys)
     n, m = len(queries), len(keys)
@@ -45,10 +50,11 @@ def topk(
     _check_blocks(query_block, key_block)
     if key_block is None:
         query_block = min(query_block, max(1, DENSE_ELEMENTS // _bucket(m)))
-    stacked = jnp.asarray(_blocks(keys, key_block))  # (blocks, block, D)
+    stacked = _blocks(keys, key_block, 1 if mesh is None else mesh.size)  # (blocks, block, D)
+    stacked = jax.device_put(stacked, None if mesh is None else NamedSharding(mesh, P(mesh.axis_names)))
     scores, indices = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
     for start, block, size in _query_blocks(queries, query_block):
-        s, i = _topk_block(block, stacked, m, int(k))
+        s, i = _topk_block(block, stacked, m, int(k), mesh)
         scores[start : start + size], indices[start : start + size] = np.asarray(s)[:size], np.asarray(i)[:size]
     return scores, indices
 
@@ -103,10 +109,12 @@ def _scores(queries: Float[Array, "n D"], keys: Float[Array, "m D"]) -> Float[Ar
     return jnp.matmul(queries, keys.T, precision="highest")
 
 
-@partial(jax.jit, static_argnames="k")
-def _topk_block(queries: Float[Array, "n D"], keys: Float[Array, "blocks block D"], m: int, k: int):
-    """Running top-k over key blocks. Kept candidates stand before the new ones and top_k prefers the earlier of equals,
-    so equal scores keep the order of their indices."""
+def _running_topk(queries: Float[Array, "n D"], keys: Float[Array, "blocks block D"], start: Any, m: int, k: int):
+    """(scores, indices) (n, k) over key blocks, the first key having index `start`.
+
+    Kept candidates stand before the new ones and top_k prefers the earlier of equals, so equal scores keep the order of
+    their indices.
+    """
     n, (_, block, _) = len(queries), keys.shape
     column = jnp.arange(block)
 
@@ -120,7 +128,24 @@ def _topk_block(queries: Float[Array, "n D"], keys: Float[Array, "blocks block D
         return (scores, jnp.take_along_axis(indices, place, 1)), None
 
     none = (jnp.full((n, k), -jnp.inf), jnp.full((n, k), -1, jnp.int32))
-    return jax.lax.scan(merge, none, (jnp.arange(len(keys)) * block, keys))[0]
+    return jax.lax.scan(merge, none, (start + jnp.arange(len(keys)) * block, keys))[0]
+
+
+@partial(jax.jit, static_argnames=("k", "mesh"))
+def _topk_block(queries: jax.Array, keys: jax.Array, m: int, k: int, mesh: Mesh | None = None):
+    if mesh is None:
+        return _running_topk(queries, keys, 0, m, k)
+    axes = mesh.axis_names
+
+    def local(queries, keys):
+        start = jax.lax.axis_index(axes) * keys.shape[0] * keys.shape[1]
+        # candidates side by side in the order of the devices, which is that of the indices
+        found = (jax.lax.all_gather(x, axes, axis=1, tiled=True) for x in _running_topk(queries, keys, start, m, k))
+        scores, indices = found
+        scores, place = jax.lax.top_k(scores, k)
+        return scores, jnp.take_along_axis(indices, place, 1)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(P(), P(axes)), out_specs=P(), check_vma=False)(queries, keys)
 
 
 def _check(queries: ArrayLike, keys: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -143,10 +168,11 @@ def _bucket(n: int) -> int:
     return max(8, 1 << (n - 1).bit_length())
 
 
-def _blocks(x: np.ndarray, block: int | None) -> np.ndarray:
-    """(m, D) -> (blocks, block, D), zero rows behind."""
-    size = _bucket(len(x)) if block is None else min(block, _bucket(len(x)))
-    count = -(-len(x) // size)
+def _blocks(x: np.ndarray, block: int | None, ways: int = 1) -> np.ndarray:
+    """(m, D) -> (blocks, block, D), zero rows behind; the number of blocks is a multiple of `ways`."""
+    share = _bucket(-(-len(x) // ways))
+    size = share if block is None else min(block, share)
+    count = -(-len(x) // (size * ways)) * ways
     padded = np.zeros((count * size, x.shape[1]), np.float32)
     padded[: len(x)] = x
     return padded.reshape(count, size, x.shape[1])

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxformers import search
+from jaxformers.mesh import mesh as make_mesh
 
 
 def brute(queries, keys, k):
@@ -39,6 +40,20 @@ def test_ties_go_to_the_lower_index(data):
         expected_scores, expected = brute(queries, keys, k)
         np.testing.assert_array_equal(indices, expected)
         np.testing.assert_array_equal(scores, expected_scores)
+
+
+@pytest.mark.parametrize("shape", ["data=8", "data=2,fsdp=4", "data=3"])
+@pytest.mark.parametrize("key_block", [16, None])
+def test_keys_over_a_mesh(shape, key_block):
+    mesh = make_mesh(shape)
+    rng = np.random.default_rng(3)
+    queries, keys = rng.integers(-3, 4, (19, 4)), rng.integers(-3, 4, (301, 4))  # exact products, many ties
+    scores, indices = search.topk(queries, keys, 7, query_block=8, key_block=key_block, mesh=mesh)
+    expected_scores, expected = brute(queries, keys, 7)
+    np.testing.assert_array_equal(indices, expected)
+    np.testing.assert_array_equal(scores, expected_scores)
+    _, indices = search.topk(queries, keys[:2], 2, mesh=mesh)  # most devices hold nothing
+    np.testing.assert_array_equal(indices, brute(queries, keys[:2], 2)[1])
 
 
 def test_equal_rows_in_different_blocks_tie_exactly():
