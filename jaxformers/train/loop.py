@@ -9,7 +9,9 @@ under frozen paths: arrays that it closes over would be compiled into the progra
 """
 
 import dataclasses
+import functools
 import itertools
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -152,7 +154,8 @@ def fit(
         optimizer: an optax transformation over ``{path: array}`` in place of ``config.optim``.
         eval_data: an iterable of batches, gone through whole at each evaluation; gives ``eval_loss``, ``eval_<metric>``
             by ``eval_objective`` (default: ``objective``).
-        evaluate: ``evaluate(params, step) -> {name: number}``, any further measurement.
+        evaluate: ``evaluate(params, step) -> {name: number}``, any further measurement. The arrays are overwritten by
+            the next step: copy what is to be kept.
         mesh, shardings: the batch is split over the mesh axes data and fsdp; parameters go where ``shardings`` (a tree
             like the parameters) says, else stay where they are on the mesh, else go by the table of `jaxformers.mesh`.
             The mesh defaults to the one that the parameters are on.
@@ -173,6 +176,8 @@ def fit(
         raise ValueError("optimizer: it replaces config.optim, which must then be left at its default")
     if directory is None and (config.checkpoint_every or config.tensorboard or config.best):
         raise ValueError("directory: checkpoint_every, best and tensorboard need a directory to write to")
+    if config.best and not config.checkpoint_every:
+        raise ValueError("best: it is about checkpoints; set checkpoint_every as well")
     if getattr(eval_data, "endless", False):
         raise ValueError("eval_data: it has no end; make it with epochs=1")
     if (config.best or config.eval_every) and eval_data is None and evaluate is None:
@@ -191,7 +196,7 @@ def fit(
 
     stream = Stream(data)
     key_data = np.asarray(jax.random.key_data(key)).ravel().tolist()
-    checkpoints, frozen_prints = None, {}
+    checkpoints, frozen_prints, differing = None, {}, ""
     if directory is not None:
         from jaxformers.train.checkpoint import Checkpoints, fingerprints
 
@@ -201,18 +206,22 @@ def fit(
         frozen_prints = fingerprints(frozen)
         if (found := checkpoints.restore(state)) is not None:
             state, notes = found
-            _check_same_run(notes, key_data, frozen_prints)
+            differing = _check_same_run(notes, key_data, frozen_prints, config)
             stream.restore(own_state(notes["data"]))
 
     # ---- compile on first use of a batch shape ---------------------------------------------------------------------
-    make = make_step(
-        objective, apply, join, optimizer, dtypes=dtypes, accumulate=config.accumulate, ema=config.ema,
-        skip_nonfinite=config.on_nan == "skip",
+    make = functools.partial(
+        make_step, objective, join=join, optimizer=optimizer, dtypes=dtypes, accumulate=config.accumulate,
+        ema=config.ema, skip_nonfinite=config.on_nan == "skip",
     )  # fmt: skip
+    # model FLOPs, as utilisation is reported, are without what remat computes again
+    counted = None if not config.remat else make(_functional(model, None, dataclasses.replace(config, remat=None))[0])
     start = step = int(state.step)
     pinned = None if mesh is None else (jax.tree.map(lambda x: x.sharding, state), None)
     recorder = Recorder(directory, start, config.steps, progress=config.progress, tensorboard=config.tensorboard)
-    train_step = Compiled("train step", recorder, make, donate_argnums=0, out_shardings=pinned)
+    train_step = Compiled("train step", recorder, make(apply), counted, donate_argnums=0, out_shardings=pinned)
+    if differing:
+        recorder.say(f"resuming step {start} with other settings than it was saved with: {differing}")
     eval_step = Compiled("evaluation", recorder, make_eval(eval_objective or objective, apply, join, dtypes=dtypes))
     peak = peak_flops()
     peak = None if peak is None else peak * (1 if mesh is None else mesh.size)
@@ -364,7 +373,8 @@ def _mean(results: Iterable[tuple[dict[str, jax.Array], int]]) -> dict[str, floa
     return {f"eval_{name}": value / total if total else float("nan") for name, value in sums.items()}
 
 
-def _check_same_run(notes: Mapping, key_data: list[int], frozen_prints: Mapping[str, int]) -> None:
+def _check_same_run(notes: Mapping, key_data: list[int], frozen_prints: Mapping[str, int], config: TrainConfig) -> str:
+    """Refuse a run begun with another key or base; else tell which settings differ, none as a rule."""
     if notes["key"] != key_data:
         raise ValueError("key: the run in this directory was begun with another one; resume with that, or start anew")
     differing = sorted(p for p, v in frozen_prints.items() if notes["frozen"].get(p) != v)
@@ -372,6 +382,9 @@ def _check_same_run(notes: Mapping, key_data: list[int], frozen_prints: Mapping[
         raise ValueError(
             f"model_or_params: the frozen parameters are not those of the run in this directory ({differing[:3]} …)"
         )
+    now, then = json.loads(json.dumps(dataclasses.asdict(config))), notes["config"]
+    looks = ("progress", "tensorboard", "log_every", "resume")
+    return ", ".join(f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v and k not in looks)
 
 
 def _non_finite(told: str, item: _Pending, directory: Path | None, checkpoints: Any) -> NonFiniteLoss:

@@ -104,13 +104,14 @@ def make_eval(objective: Callable, apply: Any, join: Join, *, dtypes: Mapping[st
 class Compiled:
     """A jitted function compiled ahead of time for each new shape of its batch, and how long that took.
 
-    ``f(…, batch, …)`` is called as ``compiled(batch, …)`` with the remaining arguments in order; ``flops`` are those of
-    the program used last (matrix products of all devices, recomputation by remat included).
+    ``f(first, frozen, batch, …)`` is called as ``compiled(batch, first, frozen, …)``. ``flops`` are the matrix products
+    of the program used last, over all devices; they are counted in ``counted``, which is ``f`` without what it computes
+    twice to save memory (default: ``f``).
     """
 
-    def __init__(self, name: str, recorder: Any, f: Callable, **jit_options: Any):
+    def __init__(self, name: str, recorder: Any, f: Callable, counted: Callable | None = None, **jit_options: Any):
         self.flops = 0.0
-        self._name, self._recorder = name, recorder
+        self._name, self._recorder, self._counted = name, recorder, counted
         self._jitted, self._programs = jax.jit(f, **jit_options), {}
 
     def __call__(self, batch: Any, first: Any, frozen: Any, *rest: Any) -> Any:
@@ -124,7 +125,8 @@ class Compiled:
                 times.append(time.perf_counter())
                 program = traced.lower().compile()
                 times.append(time.perf_counter())
-            self._programs[shape] = program, count_flops(traced.jaxpr)
+                jaxpr = traced.jaxpr if self._counted is None else jax.make_jaxpr(self._counted)(*args)
+            self._programs[shape] = program, count_flops(jaxpr)
             trace, compile_ = times[1] - times[0], times[2] - times[1]
             self._recorder.compiled(self._name, trace, compile_, self._programs[shape][1], len(self._programs))
         program, self.flops = self._programs[shape]

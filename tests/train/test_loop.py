@@ -295,6 +295,7 @@ def test_best_needs_a_metric_that_evaluation_gives(tmp_path):
         ({"checkpoint_every": 5}, "directory"),
         ({"tensorboard": True}, "directory"),
         ({"eval_every": 5}, "eval_data"),
+        ({"best": "eval_loss", "eval_data": [BATCH], "directory": "nowhere"}, "best: .* checkpoint_every"),
         ({"eval_data": array_batches(BATCH, 4)}, "eval_data: it has no end"),
         ({"eval_data": []}, "eval_data: it holds no batch"),
         ({"eval_data": iter([BATCH]), "eval_every": 1}, "eval_data: .* a second time"),

@@ -259,7 +259,7 @@ def test_unfinished_checkpoint_of_a_killed_process_is_not_taken(tmp_path):
     assert Checkpoints(tmp_path / "checkpoints").steps() == [4, 8, 12]
 
 
-def test_another_model_or_key_or_frozen_base_is_refused(tmp_path):
+def test_another_model_or_key_or_frozen_base_is_refused(tmp_path, capsys):
     _train(tmp_path, freeze=("layers.**",))
     data, config = [toy.arrays(16)], TrainConfig(steps=20, checkpoint_every=4, freeze=("layers.**",), progress=False)
     again = lambda params, key, config=config: fit(
@@ -274,7 +274,9 @@ def test_another_model_or_key_or_frozen_base_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds a run"):
         again(toy.parameters(), jax.random.key(0), TrainConfig(steps=20, resume=False, freeze=("layers.**",)))
     assert Checkpoints(tmp_path / "checkpoints").steps() == [4, 8, 12], "nothing was taken for damaged"
+    capsys.readouterr()
     assert again(toy.parameters(), jax.random.key(0)).step == 20
+    assert "resuming step 12 with other settings than it was saved with: steps 12 -> 20\n" == capsys.readouterr().err
 
 
 def test_keep_and_best(tmp_path):
