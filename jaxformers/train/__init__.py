@@ -1,7 +1,8 @@
 """Training: :func:`fit` and its parts."""
 
 from jaxformers.train.checkpoint import DamagedCheckpoint, load_params
-from jaxformers.train.loop import FitResult, NonFiniteLoss, TrainConfig, fit
+from jaxformers.train.config import TrainConfig
+from jaxformers.train.loop import FitResult, NonFiniteLoss, fit
 from jaxformers.train.optim import OptimConfig, adafactor, make_optimizer, schedule
 
 __all__ = [
