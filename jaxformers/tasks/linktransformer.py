@@ -311,7 +311,8 @@ def all_pair_combos_evaluate(
     n = len(df)
 
     def values(columns: Columns):
-        return df[columns] if isinstance(columns, str) else pd.Series(row_texts(df, columns, encoder.sep_token))
+        several = isinstance(columns, (list, tuple))
+        return pd.Series(row_texts(df, columns, encoder.sep_token)) if several else df[columns]
 
     return pd.DataFrame({
         "left_on": values(left_on).take(np.repeat(np.arange(n), n)).reset_index(drop=True),

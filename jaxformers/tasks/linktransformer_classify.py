@@ -14,6 +14,7 @@ from jaxformers import atomic, metrics
 from jaxformers.tasks.linktransformer_rows import (
     DEFAULT_SEP,
     Columns,
+    as_columns,
     check_columns,
     check_new_column,
     is_module,
@@ -41,7 +42,7 @@ def classify_rows(
     directory holds a label_map.json. ValueError when its size, or the model's, is not `num_labels`.
     """
     on = on_columns(df, on)
-    name = f"clf_preds_{on if isinstance(on, str) else '-'.join(on)}"
+    name = f"clf_preds_{'-'.join(map(str, as_columns('on', on)))}"
     check_new_column(df, name)
     if model is None:
         raise ValueError("model must be the directory of a classifier, a loaded one, or a function texts -> logits")
@@ -76,8 +77,8 @@ def transform_rows(
     until then a path raises NotImplementedError.
     """
     on = on_columns(df, on)
-    columns = [on] if isinstance(on, str) else list(on)
-    name = output_column or f"transformed_{'-'.join(columns)}"
+    columns = as_columns("on", on)
+    name = output_column or f"transformed_{'-'.join(map(str, columns))}"
     check_new_column(df, name)
     if isinstance(model, str):
         raise NotImplementedError(

@@ -239,7 +239,7 @@ def test_columns_keep_their_types_and_left_and_right_may_differ_in_kind():
     df2 = pd.DataFrame({"b": ["x", "z"], "c": ["u", "v"], "flag": [True, False], "k": pd.array([1, None], "Int64")})
     got = lt.merge(df1, df2, left_on="a", right_on=["b", "c"], model=letters)
     assert got.dtypes["n"] == df1.dtypes["n"] and got.dtypes["when"] == df1.dtypes["when"]
-    assert got.dtypes["flag"] .kind == "b" and str(got.dtypes["k"]) == "Int64" and got.dtypes["id_lt_y"] == np.int64
+    assert got.dtypes["flag"].kind == "b" and str(got.dtypes["k"]) == "Int64" and got.dtypes["id_lt_y"] == np.int64
     assert list(got.index) == [0, 1]
     reverse = lt.merge(df2, df1, left_on=["b", "c"], right_on="a", model=letters)
     assert len(reverse) == 2
@@ -323,6 +323,18 @@ def test_transform_rows():
         lt.transform_rows(df, "t", lambda texts: texts[:1])
     with pytest.raises(NotImplementedError, match="sequence-to-sequence"):
         lt.transform_rows(df, "t", "t5-small")
+
+
+def test_a_directory_without_a_model(tmp_path):
+    with pytest.raises(ValueError, match="config.json"):
+        lt.merge(A, B, on="t", model=tmp_path)
+
+
+def test_column_names_need_not_be_strings():
+    df1, df2 = pd.DataFrame({0: ["a", "b"], 1: [1, 2]}), pd.DataFrame({0: ["b", "a"]})
+    assert lt.merge(df1, df2, on=0, model=letters)["id_lt_y"].tolist() == [1, 0]
+    assert lt.all_pair_combos_evaluate(df1, letters, 0, 1)["right_on"].tolist() == [1, 2, 1, 2]
+    assert "clf_preds_0" in lt.classify_rows(df1, 0, lambda texts: np.eye(2)[[0] * len(texts)])
 
 
 A, B = pd.DataFrame({"t": ["a", "b"], "x": [1, 2]}), pd.DataFrame({"t": ["a"], "y": [1]})
