@@ -1,9 +1,9 @@
 """Environment that JAX and libtpu read once, before their first import: imported first by the package.
 
 libtpu compiles for TPUs on machines that have none, so it is often installed on laptops and CI machines. There JAX
-loads it all the same, and it looks for a cloud metadata server and writes half a dozen warnings to stderr (jax 0.10 to
-0.12). What is set here keeps it quiet and out of the way on exactly those machines. Nothing that the user has set is
-changed, and with a TPU, a GPU or any other JAX plugin present the choice of platform stays JAX's.
+loads it all the same, it writes half a dozen warnings to stderr, and lets one process at a time compile (jax 0.10 to
+0.12, libtpu 0.0.52). What is set here keeps it quiet and out of the way on exactly those machines. Nothing that the
+user has set is changed, and with a TPU, a GPU or any other JAX plugin present the choice of platform stays JAX's.
 """
 
 import glob
@@ -59,6 +59,8 @@ def configure() -> None:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_WORKER_ID", "0")
+    # There is no chip to contend for: a second process may compile too (by default libtpu's lock file forbids it).
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     if "JAX_PLATFORMS" in os.environ or "JAX_PLATFORM_NAME" in os.environ or _other_plugin():
         return
     if "jax" in sys.modules:  # too late for the environment: JAX read it at its own import

@@ -21,10 +21,14 @@ OPTIONAL = {
 
 
 def run(code: str, **environment) -> subprocess.CompletedProcess:
-    """Python code in a fresh interpreter without this session's JAX settings; `environment` values of None unset."""
-    settings = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "TPU_", "XLA_"))}
-    settings = {key: value for key, value in (settings | environment).items() if value is not None}
+    """Python code in a fresh interpreter with the settings `environment` and none that this session has for JAX."""
+    settings = clean_environment() | environment
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=settings, cwd=ROOT)
+
+
+def clean_environment() -> dict[str, str]:
+    session = ("JAX_", "TPU_", "XLA_", "ALLOW_MULTIPLE_LIBTPU_LOAD")
+    return {key: value for key, value in os.environ.items() if not key.startswith(session)}
 
 
 def loaded(code: str) -> set[str]:
@@ -134,12 +138,27 @@ def test_an_idle_libtpu_stays_quiet(no_accelerator):
     for code in ("import jaxformers\n", "import jax\nimport jaxformers\n"):
         out = run(code + DEVICES)
         assert (out.stdout.split()[0], out.stderr) == ("cpu", "")
-    topology = (
-        "import jaxformers\nfrom jax.experimental import topologies\n"
-        "print(len(topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices))"
+
+
+def test_two_processes_compile_for_tpus_at_once(no_accelerator):
+    """libtpu's lock file would let one of them fail; and neither says anything on stderr."""
+    code = (
+        "import jaxformers, sys\nfrom jax.experimental import topologies\n"
+        "print(len(topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices), flush=True)\n"
     )
-    out = run(topology)
-    assert (out.stdout.strip(), out.stderr) == ("4", "")
+    first = subprocess.Popen(
+        [sys.executable, "-c", code + "sys.stdin.read()"],
+        env=clean_environment(),
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert first.stdout.readline() == "4\n"  # the first holds libtpu until its stdin is closed
+    second = run(code)
+    assert (second.stdout, second.stderr) == ("4\n", "")
+    assert first.communicate(timeout=60) == ("", "") and first.returncode == 0
 
 
 def test_the_users_choice_of_platform_is_kept(no_accelerator):
