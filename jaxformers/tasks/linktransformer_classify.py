@@ -203,7 +203,8 @@ def _fit_classifier(
             order = rng.permutation(len(texts))
             for start in range(0, len(order) - size + 1, size):
                 rows = order[start : start + size]
-                yield {"inputs": tokenize(tokenizer, [texts[i] for i in rows], max_length), "labels": labels[rows]}
+                part = [texts[i] for i in rows]
+                yield {"inputs": tokenize(model, tokenizer, part, max_length), "labels": labels[rows]}
 
     def objective(apply, params, batch, key):
         logits = apply(params, batch["inputs"], rngs=key).logits

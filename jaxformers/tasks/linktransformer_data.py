@@ -8,13 +8,14 @@ entity is seen on both sides of a split.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxformers import metrics, search
+from jaxformers import embedding, metrics, search
 from jaxformers.data.tokenizers import length_buckets
 from jaxformers.extras import require
 from jaxformers.tasks.linktransformer_rows import as_columns, check_columns, check_frame, row_texts, unique_texts
@@ -182,11 +183,13 @@ def split_rows(n: int, shares: Sequence[float], seed: int) -> list[np.ndarray]:
     return [np.sort(part) for part in np.split(order, cuts)]
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int | None) -> dict[str, np.ndarray]:
-    """A batch padded to one of few lengths, so that few steps are compiled."""
-    limit = max_length or tokenizer.max_length
+def tokenize(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int | None) -> dict[str, np.ndarray]:
+    """The inputs that `model` takes, padded to one of few lengths, so that few steps are compiled."""
+    limit = embedding._limit(model, tokenizer, max_length)
     buckets = None if limit is None else length_buckets(limit, smallest=32)
-    return tokenizer(list(texts), max_length=limit, buckets=buckets, padding_side="right")
+    arrays = tokenizer(list(texts), max_length=limit, buckets=buckets, padding_side="right")
+    taken = inspect.signature(type(model).__call__).parameters  # not every architecture has token types
+    return {name: values for name, values in arrays.items() if name in taken}
 
 
 # ------------------------------------------------------------------------------------------------------------ private

@@ -156,7 +156,7 @@ def fit_linkage(model: Any, tokenizer: Any, splits: Split, args: LinkTrainingArg
         return lambda texts: embed(current, texts, tokenizer=tokenizer, max_length=args.max_length)
 
     def tokenize(texts: Sequence[str]) -> dict[str, np.ndarray]:
-        return tokenize_bucketed(tokenizer, texts, args.max_length)
+        return tokenize_bucketed(model, tokenizer, texts, args.max_length)
 
     if args.loss_type == "onlinecontrastive":
         steps_per_epoch = max(1, len(splits.train) // args.train_batch_size)

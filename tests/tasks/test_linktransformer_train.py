@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformers import hub
-from jaxformers.data.tokenizers import train_wordpiece
+from jaxformers import functional, hub
+from jaxformers.data.tokenizers import load_tokenizer, train_wordpiece
 from jaxformers.tasks import linktransformer as lt
 from jaxformers.tasks import linktransformer_data as ltd
 from jaxformers.tasks import linktransformer_train as ltt
@@ -132,6 +132,19 @@ def test_every_label_occurs_at_least_twice_in_a_batch():
     again = ltt.grouped_batches(classes, 8, 0, lambda texts: np.array(texts))
     first = ltt.grouped_batches(classes, 8, 0, lambda texts: np.array(texts))
     assert (next(again)["inputs"] == next(first)["inputs"]).all()
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mpnet", "roberta"])
+def test_batches_hold_what_the_architecture_takes(tiny, model_type):
+    tokenizer = load_tokenizer(tiny)
+    sizes = {"vocab_size": tokenizer.vocab_size, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 8, "max_position_embeddings": 20, "dim": 8, "n_layers": 1, "n_heads": 2,
+             "hidden_dim": 8, "pad_token_id": tokenizer.pad_id}  # fmt: skip
+    model = hub.init({"model_type": model_type, **sizes}, head="sentence", key=jax.random.key(0))
+    batch = ltd.tokenize(model, tokenizer, ["north wind " * 20, "blue"], None)
+    assert batch["input_ids"].shape[1] <= 20  # never more than there are positions
+    apply, params = functional(model)
+    assert apply(params, batch).pooled.shape == (2, 8)
 
 
 def test_triplet_loss_by_hand():
