@@ -291,7 +291,9 @@ def _drop_futures() -> None:
     """Collect what a failed read leaves: every array that was not waited for would print a traceback at some time."""
     log = logging.getLogger("asyncio")
     before, log.disabled = log.disabled, True
-    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()
     log.disabled = before
 
 
