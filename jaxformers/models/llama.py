@@ -45,8 +45,10 @@ class Config:
 
     def to_hf(self) -> dict[str, Any]:
         hf = configs.to_hf(self, NAMES, "llama", skip=("rotary",))
-        if not ({"rope_parameters", "rope_theta", "rope_scaling"} & set(hf)):
-            hf["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope.theta}
+        said = {"rope_parameters", "rope_theta", "rope_scaling"} & set(hf)
+        if not said or nn.rotary_from_hf(hf, self.head_size) != self.rope:
+            hf = {name: value for name, value in hf.items() if name not in said}
+            hf["rope_parameters"] = nn.rotary_to_hf(self.rope)
         hf["num_key_value_heads"] = self.num_key_value_heads or self.num_attention_heads
         return hf
 

@@ -20,12 +20,12 @@ from jaxformers.nn.mlp import MLP, activation
 from jaxformers.nn.norms import LayerNorm, RMSNorm
 from jaxformers.nn.output import Output
 from jaxformers.nn.pooling import normalize, pool
-from jaxformers.nn.positions import Rotary, relative_buckets, rotary_from_hf, rotary_table, rotate
+from jaxformers.nn.positions import Rotary, relative_buckets, rotary_from_hf, rotary_table, rotary_to_hf, rotate
 
 __all__ = [
     "Adapter", "Attention", "Block", "Cache", "CausalLMHead", "ClassificationHead", "Embed", "Embeddings", "KeyValue",
     "LayerNorm", "Layers", "Linear", "MLP", "Mask", "MaskedLMHead", "Output", "RMSNorm", "Rotary", "SentenceHead",
     "activation", "add_adapters", "advance", "attend", "causal_mask", "check_length", "decoder_output", "dropout",
     "encoder_output", "new_cache", "new_sentence_head", "normalize", "padded_positions", "pool", "relative_buckets",
-    "rotary_from_hf", "rotary_table", "rotate", "split",
+    "rotary_from_hf", "rotary_table", "rotary_to_hf", "rotate", "split",
 ]  # fmt: skip

@@ -70,6 +70,22 @@ def rotary_from_hf(config: dict[str, Any], size: int, *, interleaved: bool = Fal
     )
 
 
+def rotary_to_hf(rotary: Rotary) -> dict[str, Any]:
+    """``rope_parameters`` for ``config.json``; the inverse of :func:`rotary_from_hf`."""
+    rope: dict[str, Any] = {"rope_type": rotary.kind, "rope_theta": rotary.theta}
+    if rotary.kind == "default":
+        return rope
+    rope["factor"] = rotary.factor
+    if rotary.kind != "linear":
+        rope["original_max_position_embeddings"] = rotary.trained_length
+    if rotary.kind == "llama3":
+        rope |= {"low_freq_factor": rotary.low_freq, "high_freq_factor": rotary.high_freq}
+    if rotary.kind == "yarn":
+        rope |= {"beta_fast": rotary.beta_fast, "beta_slow": rotary.beta_slow, "truncate": rotary.truncate}
+        rope["attention_factor"] = 1.0 if rotary.magnitude is None else rotary.magnitude
+    return rope
+
+
 def _yarn_magnitude(factor: float, mscale: float | None, mscale_all: float | None) -> float:
     def grow(m: float) -> float:
         return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
