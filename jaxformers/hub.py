@@ -24,6 +24,8 @@ from jaxformers import atomic, models, nn, resolve, surgery, weights
 from jaxformers.models import config as configs
 from jaxformers.models.reading import expect_packed, fill
 from jaxformers.models.writing import to_tensors
+from jaxformers.nn.keys import Keys
+from jaxformers.safetensors_file import show
 from jaxformers.safetensors_io import (
     CheckpointError,
     open_checkpoint,
@@ -73,7 +75,7 @@ def load(
     directory = resolve.find(str(path_or_id))
     hf = _read_config(directory)
     arch = models.architecture(hf["model_type"])
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_checkpoint(directory, check_finite=True)
     sentence, chosen = None, head
     if head is None:
         sentence = resolve.sentence_settings(directory)
@@ -87,24 +89,32 @@ def load(
     if hasattr(config, "pooler") and head in (None, "sentence") and not any("pooler" in name for name in checkpoint):
         config = dataclasses.replace(config, pooler=False)
     config = configs.replace(config, config_overrides)
+    if config.num_hidden_layers > len(checkpoint):  # before as many layers are built
+        raise CheckpointError(
+            f"{directory}: config.json asks for {config.num_hidden_layers} layers; there are {len(checkpoint)} tensors"
+        )
     body_head = None if head == "sentence" else head
-    model = nnx.eval_shape(lambda: arch.Model(config, head=body_head, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: arch.Model(config, head=body_head, rngs=Keys(0)))
     extra: dict[str, Any] = {}
     if head == "sentence":
         settings = {name: value for name, value in sentence.items() if name != "dense"}
         if sentence.get("dense") is not None:
-            dense = open_checkpoint(sentence["dense"])
+            dense = open_checkpoint(sentence["dense"], check_finite=True)
+            if "linear.weight" not in dense or dense["linear.weight"].shape[1:] != (config.hidden_size,):
+                raise CheckpointError(
+                    f"{sentence['dense']}: expected a linear.weight of shape (…, {config.hidden_size})"
+                )
             settings["out"] = dense["linear.weight"].shape[0]
             settings["bias"] = "linear.bias" in dense
             extra = {"head.dense.kernel": dense["linear.weight"].read().T}
             if settings["bias"]:
                 extra["head.dense.bias"] = dense["linear.bias"].read()
         # the head is small, but it may be abstract too: its values come from `extra`
-        grown = nnx.eval_shape(lambda: nn.SentenceHead(config.hidden_size, **settings, rngs=nnx.Rngs(0)))
+        grown = nnx.eval_shape(lambda: nn.SentenceHead(config.hidden_size, **settings, rngs=Keys(0)))
         model.head, model.head_name = nnx.data(grown), "sentence"
     surgery.named(model)
     expect_packed(model, arch, hf, checkpoint)
-    model = surgery.replay(model, (hf.get("jaxformers") or {}).get("surgery") or [])
+    model = surgery.replay(model, hf.get("jaxformers"))
     model.source = str(directory)
 
     prefixed = any(name.startswith(f"{arch.PREFIX}.") for name in checkpoint)
@@ -133,15 +143,15 @@ def init(config: Any, *, head: str | None = None, key: jax.Array, dtype: Any = N
 
     @jax.jit
     def build(key: jax.Array) -> Any:
-        model = arch.Model(config, head=None if head == "sentence" else head, rngs=nnx.Rngs(key))
+        model = arch.Model(config, head=None if head == "sentence" else head, rngs=Keys(key))
         if head == "sentence":
-            nn.new_sentence_head(model, pooling="mean", rngs=nnx.Rngs(0))
+            nn.new_sentence_head(model, pooling="mean", rngs=Keys(0))
         state = nnx.state(model)
         return state if dtype is None else jax.tree.map(lambda a: a.astype(dtype), state)
 
     def skeleton() -> nnx.Module:
-        model = arch.Model(config, head=None if head == "sentence" else head, rngs=nnx.Rngs(0))
-        return nn.new_sentence_head(model, pooling="mean", rngs=nnx.Rngs(0)) if head == "sentence" else model
+        model = arch.Model(config, head=None if head == "sentence" else head, rngs=Keys(0))
+        return nn.new_sentence_head(model, pooling="mean", rngs=Keys(0)) if head == "sentence" else model
 
     model = nnx.eval_shape(skeleton)
     nnx.update(model, build(key))
@@ -216,12 +226,14 @@ def _head_from_class(name: str) -> str | None:
     for suffix, head in _HEAD_OF_CLASS:
         if name.endswith(suffix):
             return head
-    raise ValueError(f"config.json: architectures names {name!r}, whose head is not known; choose one with head=…")
+    raise ValueError(f"config.json: architectures names {show(name)}, whose head is not known; choose one with head=…")
 
 
 def _head_from_architectures(hf: Mapping[str, Any]) -> str | None:
     names = hf.get("architectures") or []
-    return _head_from_class(str(names[0])) if names else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("config.json: architectures must be a list of class names")
+    return _head_from_class(names[0]) if names else None
 
 
 def _check_head(head: str | None, arch: Any) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxformers import atomic
 from jaxformers.extras import require
+from jaxformers.safetensors_file import show
 from jaxformers.safetensors_io import CheckpointError, read_json
 
 # hub name -> (installed package that carries the checkpoint, how to get it)
@@ -72,9 +73,11 @@ def sentence_settings(directory: Path) -> dict[str, Any] | None:
         return None
     settings: dict[str, Any] = {"pooling": "mean", "normalize": False}
     for module in read_json(directory / "modules.json", list):
+        if not isinstance(module, dict):
+            raise CheckpointError(f"{directory}/modules.json: holds {show(module)}, not a module")
         kind, folder = str(module.get("type", "")).rsplit(".", 1)[-1], str(module.get("path", ""))
         if Path(folder).is_absolute() or ".." in Path(folder).parts:
-            raise CheckpointError(f"{directory}/modules.json: path {folder!r} leaves the checkpoint")
+            raise CheckpointError(f"{directory}/modules.json: path {show(folder)} leaves the checkpoint")
         if kind == "Pooling":
             settings["pooling"] = _pooling(read_json(directory / folder / "config.json"), directory / folder)
         elif kind == "Normalize":
@@ -82,11 +85,11 @@ def sentence_settings(directory: Path) -> dict[str, Any] | None:
         elif kind == "Dense" and "dense" not in settings:
             dense = read_json(directory / folder / "config.json")
             act = dense.get("activation_function", "torch.nn.modules.activation.Tanh")
-            if act not in _ACTIVATIONS:
-                raise CheckpointError(f"{directory / folder}: activation_function {act!r} is not supported")
+            if not isinstance(act, str) or act not in _ACTIVATIONS:
+                raise CheckpointError(f"{directory / folder}: activation_function {show(act)} is not supported")
             settings.update(act=_ACTIVATIONS[act], dense=directory / folder)
         elif kind != "Transformer":
-            raise CheckpointError(f"{directory}/modules.json: module {kind!r} is not supported")
+            raise CheckpointError(f"{directory}/modules.json: module {show(kind)} is not supported")
     return settings
 
 

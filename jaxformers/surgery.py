@@ -4,13 +4,16 @@ A function that changes a model's structure works on :func:`copy`, and ends with
 ``config.json`` (under ``jaxformers``), and ``jf.load`` replays it on the abstract model before it reads any weight.
 """
 
+import functools
 import importlib
 import json
+import re
 from typing import Any
 
 from flax import nnx
 
 from jaxformers import paths
+from jaxformers.safetensors_file import show
 
 
 def named(model: nnx.Module) -> nnx.Module:
@@ -54,17 +57,29 @@ def forget(model: nnx.Module, function: str) -> nnx.Module:
     return model
 
 
-def replay(model: nnx.Module, records: list[dict[str, Any]]) -> nnx.Module:
-    """Rebuild recorded surgery on an (abstract) model. Raises ValueError for a function outside jaxformers."""
+def replay(model: nnx.Module, section: Any) -> nnx.Module:
+    """Rebuild on an (abstract) model the surgery recorded in ``section``: what ``config.json`` has as ``jaxformers``.
+
+    A configuration comes from anywhere: it may name only functions of this package that are called ``abstract_…`` (with
+    or without an underscore before), which rebuild a structure and do nothing else. Raises ValueError for all others.
+    """
+    records = ((section or {}).get("surgery") or []) if isinstance(section, dict | None) else section
+    if not isinstance(records, list) or not all(isinstance(entry, dict) for entry in records):
+        raise ValueError("config.json: jaxformers.surgery must be a list of records")
     for entry in records:
-        module_name, _, name = str(entry.get("function", "")).partition(":")
-        if not module_name.startswith("jaxformers.") or not name.isidentifier():
-            raise ValueError(f"config.json: surgery {entry.get('function')!r} is no function of jaxformers")
+        function, arguments = entry.get("function"), entry.get("arguments") or {}
+        module_name, _, name = str(function).partition(":")
+        allowed = re.fullmatch(r"jaxformers(\.\w+)+", module_name) and re.fullmatch(r"_?abstract_\w+", name)
+        if not allowed or not isinstance(arguments, dict):
+            raise ValueError(f"config.json: {show(function)} is no surgery of jaxformers that can be replayed")
         try:
-            function = getattr(importlib.import_module(module_name), name)
+            rebuild = getattr(importlib.import_module(module_name), name)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"config.json: this version of jaxformers has no {module_name}:{name}") from error
-        model = function(model, **entry.get("arguments", {}))
+        try:
+            model = nnx.eval_shape(functools.partial(rebuild, **arguments), model)  # whatever size is asked for
+        except TypeError as error:
+            raise ValueError(f"config.json: surgery {module_name}:{name}: {show(str(error), 200)}") from error
     return model
 
 

@@ -7,6 +7,8 @@ which a checkpoint with a head keeps the body), ``BASE_CLASS`` and ``IGNORED`` (
 import importlib
 from types import ModuleType
 
+from jaxformers.safetensors_file import show
+
 # model_type of config.json -> module here
 ARCHITECTURES = {
     "bert": "bert",
@@ -24,5 +26,7 @@ ARCHITECTURES = {
 def architecture(model_type: str) -> ModuleType:
     """The module that implements ``model_type``. Raises ValueError listing the known ones."""
     if model_type not in ARCHITECTURES:
-        raise ValueError(f"config.json: model_type {model_type!r} is not known; known are {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"config.json: model_type {show(model_type)} is not known; known are {', '.join(ARCHITECTURES)}"
+        )
     return importlib.import_module(f"jaxformers.models.{ARCHITECTURES[model_type]}")

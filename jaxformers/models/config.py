@@ -5,7 +5,10 @@ import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from jaxformers.safetensors_file import show
+
 C = TypeVar("C")
+POSITIVE = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 LIMITS = {"num_hidden_layers": 2000, "num_attention_heads": 4096, "num_labels": 10_000_000}
 
 
@@ -32,6 +35,9 @@ def from_hf(cls: type[C], hf: Mapping[str, Any], names: Mapping[str, str], **com
     for name, limit in LIMITS.items():
         if values.get(name, 0) > limit:
             raise ValueError(f"config.json: {names.get(name, name)} = {values[name]} is beyond reason (limit {limit})")
+    for name in POSITIVE:
+        if values.get(name, 1) == 0:
+            raise ValueError(f"config.json: {names.get(name, name)} must be 1 or more, got 0")
     return cls(**values)
 
 
@@ -40,15 +46,20 @@ def _checked(key: str, field: dataclasses.Field, value: Any) -> Any:
     if "int" in str(kind) and "tuple" not in str(kind):
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole or value < 0 or value > 2**40:
-            raise ValueError(f"config.json: {key} must be a whole number of 0 or more, got {value!r}")
+            raise ValueError(f"config.json: {key} must be a whole number of 0 or more, got {show(value)}")
     elif str(kind).startswith("float"):
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ValueError(f"config.json: {key} must be a number, got {value!r}")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e300:
+            raise ValueError(f"config.json: {key} must be a number, got {show(value)}")
+        is_rate = "dropout" in field.name or field.name.endswith("prob")
+        if value < 0 or (is_rate and value > 1):
+            raise ValueError(
+                f"config.json: {key} must be a number {'from 0 to 1' if is_rate else 'of 0 or more'}, got {value}"
+            )
         return float(value)
     elif str(kind).startswith("bool") and not isinstance(value, bool):
-        raise ValueError(f"config.json: {key} must be true or false, got {value!r}")
+        raise ValueError(f"config.json: {key} must be true or false, got {show(value)}")
     elif str(kind).startswith("str") and not isinstance(value, str):
-        raise ValueError(f"config.json: {key} must be text, got {value!r}")
+        raise ValueError(f"config.json: {key} must be text, got {show(value)}")
     return value
 
 

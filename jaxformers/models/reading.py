@@ -12,6 +12,7 @@ from flax import nnx
 from jaxformers import mesh as meshes
 from jaxformers import paths, surgery, weights
 from jaxformers.models.keymap import HF, all_keys, expected, lookup, own_name
+from jaxformers.nn.keys import Keys
 from jaxformers.safetensors_file import show
 from jaxformers.safetensors_io import Checkpoint, CheckpointError, LazyTensor
 from jaxformers.weights import gptq_format
@@ -103,10 +104,7 @@ def fill(
         raise CheckpointError(f"{checkpoint.directory}: tensors that have no place in this model: {_some(unmapped)}")
     values = {}
     for path, read in plan.items():
-        if mapped:
-            values[path] = read()
-            continue
-        values[path] = _place(path, read(), dtype, mesh)
+        values[path] = read() if mapped else _place(path, read(), dtype, mesh)
         checkpoint.release()  # the file's pages make room for the next tensor
     if fresh:
         values.update({path: _place(path, value, dtype, mesh) for path, value in _fresh(model, fresh, key).items()})
@@ -186,7 +184,7 @@ def _place(path: str, value: Any, dtype: Any, mesh: jax.sharding.Mesh | None) ->
 def _fresh(model: nnx.Module, fresh: list[str], key: jax.Array) -> dict[str, Any]:
     @jax.jit
     def build(key: jax.Array) -> dict[str, Any]:
-        new = type(model)(model.config, head=model.head_name, rngs=nnx.Rngs(key))
+        new = type(model)(model.config, head=model.head_name, rngs=Keys(key))
         flat = paths.flatten(nnx.to_pure_dict(nnx.state(new)))
         return {path: flat[path] for path in fresh}
 
