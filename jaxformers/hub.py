@@ -72,6 +72,8 @@ def load(
     """
     if mapped and (dtype is not None or mesh is not None):
         raise ValueError("mapped: the weights stay as and where they are stored; give neither dtype nor mesh")
+    if dtype is not None and not _is_floating(dtype):
+        raise ValueError(f"dtype: expected a floating-point type such as 'bfloat16', got {dtype!r}")
     directory = resolve.find(str(path_or_id))
     hf = _read_config(directory)
     arch = models.architecture(hf["model_type"])
@@ -180,7 +182,9 @@ def save(model: nnx.Module, directory: str | Path, tokenizer: Any = None, *, max
         files.pop("quantize_config.json", None)
     if tokenizer is not None:
         files.update(tokenizer.files())
-    write_checkpoint(tensors, directory, max_shard_bytes=max_shard_bytes, extra_files=files)
+    # what an older checkpoint in `directory` has and this one has not would change how the new one is read
+    drop = resolve.stale(files, sentence=model.head_name == "sentence")
+    write_checkpoint(tensors, directory, max_shard_bytes=max_shard_bytes, extra_files=files, drop=drop)
 
 
 def config_json(model: nnx.Module) -> dict[str, Any]:
@@ -220,6 +224,13 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(hf, dict) or not isinstance(hf.get("model_type"), str):
         raise CheckpointError(f"{file}: no model_type; expected a Hugging Face config.json")
     return hf
+
+
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return jnp.issubdtype(np.dtype(dtype), jnp.floating)
+    except TypeError:  # no dtype at all
+        return False
 
 
 def _head_from_class(name: str) -> str | None:

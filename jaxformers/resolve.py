@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,17 @@ def sentence_files(model: Any, dense: dict[str, np.ndarray]) -> dict[str, bytes]
         limit = {**limit, **read_json(source)}
     files["sentence_bert_config.json"] = atomic.json_bytes(limit)
     return files
+
+
+def stale(files: Iterable[str], *, sentence: bool) -> set[str]:
+    """Entries of an older checkpoint that would change how the new one, which writes ``files``, is read."""
+    names = {"quantize_config.json", "modules.json", "sentence_bert_config.json"}
+    names |= {f"{i}_{kind}" for i in range(1, 4) for kind in ("Pooling", "Dense", "Normalize")}
+    if not sentence:
+        names.add("config_sentence_transformers.json")  # prompts
+    if not set(_TOKENIZER).isdisjoint(files):
+        names |= set(_TOKENIZER)  # two tokenizers in one directory
+    return names
 
 
 def class_name(ours: str, model_type: str) -> str:

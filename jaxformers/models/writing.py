@@ -57,7 +57,9 @@ def _fused_tensors(name: str, leaf_kind: str, parts: list[tuple[HF, str, Any]]) 
     What only a typed weight has (a low-rank update, a mask) is stored under the number of its part:
     ``c_attn.0.lora_A.weight`` belongs to the first.
     """
-    layers = [{s: read for s, _, _, read in _layer_tensors(f".{leaf_kind}", *part)} for part in parts]
+    described = [_layer_tensors(f".{leaf_kind}", *part) for part in parts]
+    layers = [{suffix: read for suffix, _, _, read in layer} for layer in described]
+    shapes = [{suffix: (tuple(shape), dtype) for suffix, shape, dtype, _ in layer} for layer in described]
     own = [(f"{i}.{s}", layer[s]()) for i, layer in enumerate(layers) for s in layer if s not in FUSED]
     out = [(f"{name}.{suffix}", a.shape, a.dtype, lambda a=a: a) for suffix, a in own]
     shared = [set(layer) & FUSED for layer in layers]
@@ -66,13 +68,18 @@ def _fused_tensors(name: str, leaf_kind: str, parts: list[tuple[HF, str, Any]]) 
             f"model: {name} is one tensor in the checkpoint, but its parts have different kinds of weights"
         )
     for suffix in sorted(shared[0]):
-        arrays = [layer[suffix]() for layer in layers]
         if suffix == "g_idx":
+            arrays = [layer[suffix]() for layer in layers]
             if any(not np.array_equal(a, arrays[0]) for a in arrays):
                 raise ValueError(f"model: the parts of {name} order their groups differently; the layout cannot say so")
-            joined = arrays[0]
-        else:
-            axis = 0 if suffix == "weight" and not parts[0][0].conv1d else arrays[0].ndim - 1
-            joined = np.concatenate(arrays, axis=axis)
-        out.append((f"{name}.{suffix}", joined.shape, joined.dtype, lambda a=joined: a))
+            out.append((f"{name}.{suffix}", arrays[0].shape, arrays[0].dtype, lambda a=arrays[0]: a))
+            continue
+        shape, dtype = shapes[0][suffix]
+        axis = 0 if suffix == "weight" and not parts[0][0].conv1d else len(shape) - 1
+        shape = (*shape[:axis], sum(of[suffix][0][axis] for of in shapes), *shape[axis + 1 :])
+
+        def join(suffix: str = suffix, axis: int = axis) -> np.ndarray:  # when its turn comes to be written
+            return np.concatenate([layer[suffix]() for layer in layers], axis=axis)
+
+        out.append((f"{name}.{suffix}", shape, dtype, join))
     return out
