@@ -63,7 +63,8 @@ def test_generate_is_what_the_library_generates(checkpoint, capsys):
 def test_sampling_follows_its_seed(checkpoint, capsys):
     said = []
     for seed in (1, 1, 2):
-        cli.main(["generate", str(checkpoint), "The", "--max-new-tokens", "8", "--temperature", "1", "--seed", str(seed)])
+        argv = ["generate", str(checkpoint), "The", "--max-new-tokens", "8", "--temperature", "1", "--seed", str(seed)]
+        cli.main(argv)
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != said[2]
 
