@@ -3,19 +3,20 @@
     mesh = jf.mesh("data=2,fsdp=4,tensor=8")
     model = jf.load(directory, mesh=mesh)               # each device reads its slice
     params = jax.device_put(params, shardings(mesh, params))
+    apply = constrained(apply, mesh)                    # activations follow the batch, so that weights are gathered
 
 Since every architecture uses one vocabulary of paths, one table serves all of them.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxformers import paths
+from jaxformers import paths, sites
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
 
@@ -104,3 +105,18 @@ def batch_sharding(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> 
     """The first axis of a batch over the data axes of ``mesh``."""
     names = tuple(name for name in rules["batch"] if name in mesh.shape)
     return NamedSharding(mesh, PartitionSpec(names) if names else PartitionSpec())
+
+
+def constrained(apply: Callable, mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> Callable:
+    """``apply`` with its activations (``embeddings`` and each block's output) held to the batch's sharding.
+
+    Left alone, the partitioner follows the width that ``fsdp`` cuts the embedding table along: it then sums activations
+    in every layer instead of gathering weights. A batch that the data axes do not divide stays as it is.
+    """
+    cut = batch_sharding(mesh, rules)
+    ways = math.prod(mesh.shape[name] for name in rules["batch"] if name in mesh.shape)
+
+    def along_batch(x: jax.Array) -> jax.Array:
+        return x if x.shape[0] % ways else jax.lax.with_sharding_constraint(x, cut)
+
+    return sites.edit(apply, {"**embeddings": along_batch, "**layers.*.output": along_batch})

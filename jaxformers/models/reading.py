@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxformers import mesh as meshes
 from jaxformers import paths, surgery, weights
+from jaxformers.mesh import sharding as sharding_of
 from jaxformers.models.keymap import HF, all_keys, expected, lookup, own_name
 from jaxformers.nn.keys import Keys
 from jaxformers.safetensors_file import show
@@ -177,7 +177,7 @@ def _place(path: str, value: Any, dtype: Any, mesh: jax.sharding.Mesh | None) ->
     wanted = np.dtype(dtype) if dtype is not None and jnp.issubdtype(value.dtype, jnp.floating) else value.dtype
     if mesh is None:  # a copy, never an alias of the file
         return jnp.array(value, dtype=None if wanted == value.dtype else wanted)
-    sharding = meshes.sharding(mesh, path, value.shape)
+    sharding = sharding_of(mesh, path, value.shape)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: np.array(value[index], wanted, order="C"))
 
 
