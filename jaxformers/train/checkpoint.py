@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxformers.train.state import Flat, State
+from jaxformers.train.logs import local
+from jaxformers.train.state import Flat, State, leaf_paths
 
 FORMAT = 1
 
@@ -224,9 +225,7 @@ def load_params(directory: str | os.PathLike, like: Any, *, step: int | str = "l
 
     Raises ValueError when there is no such checkpoint, :class:`DamagedCheckpoint` when it is damaged.
     """
-    from jaxformers.train.state import leaf_paths
-
-    checkpoints = Checkpoints(Path(directory) / "checkpoints")
+    checkpoints = Checkpoints(local(directory) / "checkpoints")
     steps = checkpoints.steps()
     if not steps:
         raise ValueError(f"directory: there is no checkpoint in {checkpoints.directory}")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,13 @@ import jax
 import numpy as np
 
 from jaxformers.atomic import write_text_atomic
+
+
+def local(directory: str | os.PathLike) -> Path:
+    """A path of the file system. Raises ValueError for the address of an object store, which must be mounted first."""
+    if "://" in str(directory) or str(directory).startswith(("gs:/", "s3:/")):
+        raise ValueError(f"directory: {directory} is not a path; mount the bucket (gcsfuse, s3fs) and name the mount")
+    return Path(directory)
 
 
 class MetricsFile:

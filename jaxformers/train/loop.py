@@ -28,7 +28,7 @@ from jaxformers.compilation import enable_cache
 from jaxformers.train import placement
 from jaxformers.train.config import TrainConfig
 from jaxformers.train.flops import peak_flops
-from jaxformers.train.logs import Recorder, batch_size
+from jaxformers.train.logs import Recorder, batch_size, local
 from jaxformers.train.optim import OptimConfig, make_optimizer, schedule
 from jaxformers.train.preempt import Sigterm
 from jaxformers.train.state import Flat, State, leaf_paths, master, split
@@ -119,7 +119,7 @@ def fit(
         DamagedCheckpoint: there are checkpoints and none can be read.
     """
     enable_cache()
-    directory = None if directory is None else Path(directory)
+    directory = None if directory is None else local(directory)
     apply, params, model = _functional(model_or_params, apply, config)
     trained, frozen, join = split(params, config.trainable, config.freeze)
     if optimizer is not None and config.optim != OptimConfig():

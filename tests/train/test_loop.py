@@ -306,6 +306,7 @@ def test_best_needs_a_metric_that_evaluation_gives(tmp_path):
         ({"optimizer": SGD, "optim": OptimConfig(learning_rate=1.0)}, "optimizer"),
         ({"optim": OptimConfig(warmup=50)}, "warmup"),
         ({"shardings": {}}, "shardings"),
+        ({"directory": "gs://bucket/run", "checkpoint_every": 1}, "directory: gs://bucket/run is not a path"),
     ],
 )
 def test_bad_arguments_are_named(options, named):
