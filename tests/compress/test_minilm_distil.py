@@ -162,3 +162,15 @@ def test_errors_come_before_any_compute(teacher, texts, tokenizer):
     with pytest.raises(ValueError, match="corpus: expected texts"):
         go(corpus=3)
     assert jnp.isfinite(jf.functional(teacher)[1]["embeddings"]["token"]["embedding"]).all()
+
+
+def test_a_real_teacher(minilm, texts, tmp_path):
+    """all-MiniLM-L6-v2, itself a MiniLM student, teaches an even smaller one."""
+    student = StudentConfig(1, 48)
+    options = dict(max_length=32, batch_size=8, heldout=texts[:40], key=jax.random.key(0))
+    result = distil(minilm, student, texts, tmp_path / "student", train=training(12, eval_every=4), **options)
+    held = [h["eval_loss"] for h in result.history["student"] if "eval_loss" in h]
+    assert held[0] > held[1] > held[2] > 0
+    small = jf.load(tmp_path / "student")
+    assert (small.config.num_attention_heads, small.config.vocab_size) == (12, 30522)
+    assert jf.embed(small, texts[:2]).shape == (2, 48)

@@ -286,3 +286,16 @@ def test_errors_name_the_argument(table, tokenizer):
             fit_errors(**options)
     with pytest.raises(ValueError, match="style.json"):
         StyleModel.load("/nonexistent")
+
+
+def test_a_real_sentence_encoder_as_backbone(table, minilm, tmp_path):
+    pretrainer = StylePretrainer(minilm, max_length=24, tuned_layers=1, key=jax.random.key(0))
+    train = training(2, learning_rate=1e-4)
+    style = pretrainer.fit(table, authors_per_batch=4, views=2, chunk=8, train=train, key=jax.random.key(1))
+    texts = [r["text"] for r in table[:3]]
+    style.save(tmp_path / "style")
+    z = jf.embed(jf.load(tmp_path / "style"), texts)
+    np.testing.assert_allclose(z, style.embed(texts), atol=1e-5)
+    assert z.shape == (3, 384) and np.abs(z - pretrainer.untrained().embed(texts)).max() > 1e-4
+    kept = [jf.functional(m)[1]["layers"]["4"] for m in (pretrainer.model, style.model)]
+    jax.tree.map(np.testing.assert_array_equal, *kept)
