@@ -149,7 +149,8 @@ def sentence_files(model: Any, dense: dict[str, np.ndarray]) -> dict[str, bytes]
         for i, kind in enumerate(modules)
     ]
     files["modules.json"] = (json.dumps(listed, indent=2) + "\n").encode()
-    positions = getattr(model.config, "max_position_embeddings", 512)
+    config = model.config  # RoBERTa's first positions serve padding
+    positions = getattr(config, "max_length", getattr(config, "max_position_embeddings", 512))
     limit = {"max_seq_length": positions, "do_lower_case": False}
     source = None if model.source is None else Path(model.source) / "sentence_bert_config.json"
     if source is not None and source.is_file():

@@ -55,6 +55,11 @@ class Config:
     def to_hf(self) -> dict[str, Any]:
         return configs.to_hf(self, {}, "mpnet", skip=("pooler",))
 
+    @property
+    def max_length(self) -> int:
+        """Tokens that fit: the first positions serve padding."""
+        return self.max_position_embeddings - PAD - 1
+
 
 class MPNet(nnx.Module):
     """``embeddings``, ``relative_bias`` → ``layers`` → ``pooler`` or ``head``, the heads being BERT's."""
@@ -105,7 +110,7 @@ class MPNet(nnx.Module):
     ) -> nn.Output:
         """The relative bias counts slots, the learned positions count the ids that are not padding."""
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        nn.check_length(length, self.config.max_position_embeddings - PAD - 1)
+        nn.check_length(length, self.config.max_length)
         embed_key, layers_key, head_key = nn.split(rngs, 3)
         if position_ids is None:
             by_ids = inputs_embeds is None

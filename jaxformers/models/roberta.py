@@ -56,6 +56,11 @@ class Config:
         model_type = json.loads(self.hf).get("model_type", "roberta")  # or xlm-roberta, camembert
         return configs.to_hf(self, {}, model_type, skip=("pooler",))
 
+    @property
+    def max_length(self) -> int:
+        """Tokens that fit: the first positions serve padding."""
+        return self.max_position_embeddings - self.pad_token_id - 1
+
 
 class Roberta(nnx.Module):
     """``embeddings`` → ``layers`` → ``pooler`` or ``head``. Heads: masked_lm, sequence_ and token_classification."""
@@ -108,7 +113,7 @@ class Roberta(nnx.Module):
         """Positions come from the ids that are not padding, whatever ``attention_mask`` says, as in Hugging Face."""
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         first = self.config.pad_token_id + 1
-        nn.check_length(length, self.config.max_position_embeddings - first)
+        nn.check_length(length, self.config.max_length)
         embed_key, layers_key, head_key = nn.split(rngs, 3)
         if position_ids is None:
             by_ids = inputs_embeds is None

@@ -108,8 +108,11 @@ def test_roberta_positions_skip_padding(oracles):
 def test_too_long_an_input_is_refused(folder, oracles):
     model = jf.load(oracles / "backbones" / folder)
     apply, params = jf.functional(model)
-    with pytest.raises(ValueError, match="length 41 exceeds"):
-        apply(params, {"input_ids": np.full((1, 41), 5)})
+    limit = getattr(model.config, "max_length", model.config.max_position_embeddings)
+    assert limit == {"roberta/mlm": 28, "mpnet": 38}.get(folder, 40)  # two positions of theirs serve padding
+    jax.eval_shape(apply, params, {"input_ids": np.full((1, limit), 5)})
+    with pytest.raises(ValueError, match=f"length {limit + 1} exceeds"):
+        apply(params, {"input_ids": np.full((1, limit + 1), 5)})
 
 
 @pytest.mark.parametrize("folder", ["bert/mlm", "mpnet", "distilbert"])
