@@ -55,11 +55,6 @@ class Config:
     def to_hf(self) -> dict[str, Any]:
         return configs.to_hf(self, {}, "mpnet", skip=("pooler",))
 
-    @property
-    def max_length(self) -> int:
-        """Tokens that fit: the first positions serve padding."""
-        return self.max_position_embeddings - PAD - 1
-
 
 class MPNet(nnx.Module):
     """``embeddings``, ``relative_bias`` → ``layers`` → ``pooler`` or ``head``, the heads being BERT's."""

@@ -56,11 +56,6 @@ class Config:
         model_type = json.loads(self.hf).get("model_type", "roberta")  # or xlm-roberta, camembert
         return configs.to_hf(self, {}, model_type, skip=("pooler",))
 
-    @property
-    def max_length(self) -> int:
-        """Tokens that fit: the first positions serve padding."""
-        return self.max_position_embeddings - self.pad_token_id - 1
-
 
 class Roberta(nnx.Module):
     """``embeddings`` → ``layers`` → ``pooler`` or ``head``. Heads: masked_lm, sequence_ and token_classification."""
