@@ -50,7 +50,7 @@ def _other_plugin() -> bool:
 
 
 def configure() -> None:
-    """Keep an idle libtpu quiet. Called once by `import jaxformers`; costs 3 to 30 ms where libtpu is installed."""
+    """Keep an idle libtpu quiet. Called once by `import jaxformers`."""
     if importlib.util.find_spec("libtpu") is None or tpu_attached() or "JAX_FORCE_TPU_INIT" in os.environ:
         return
     # Answers to what libtpu would ask the metadata server when it compiles for a topology. The topology that is

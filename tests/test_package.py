@@ -169,12 +169,15 @@ def test_the_users_choice_of_platform_is_kept(no_accelerator):
     assert out.stdout.strip() == "a,b"
 
 
-def test_other_accelerators_are_left_to_jax(no_accelerator):
+def test_other_accelerators_are_left_to_jax(no_accelerator, tmp_path):
     """A JAX plugin of any kind, or a TPU that the environment names: the platform is not set."""
     code = "import os, jaxformers; print(os.environ.get('JAX_PLATFORMS'))"
     assert run(code).stdout.strip() == "cpu"
     assert run(code, TPU_NAME="local").stdout.strip() == "None"
     assert run(code, PJRT_NAMES_AND_LIBRARY_PATHS="").stdout.strip() == "None"
+    (tmp_path / "plugin-1.dist-info").mkdir()
+    (tmp_path / "plugin-1.dist-info" / "entry_points.txt").write_text("[jax_plugins]\nmine = not_there\n")
+    assert run(code, PYTHONPATH=str(tmp_path)).stdout.strip() == "None"
 
 
 @pytest.fixture
