@@ -86,8 +86,8 @@ class Checkpoints:
     def restore(self, like: State) -> tuple[State, dict] | None:
         """(state, notes) of the newest good checkpoint in the shapes and shardings of ``like``; None without any.
 
-        Damaged ones are named in a warning and moved to ``<directory>-damaged``. ``like`` may live on another mesh than
-        the state that was saved.
+        Damaged ones are named on stderr and moved to ``<directory>-damaged``. ``like``, arrays or shapes with their
+        shardings, may be on another mesh than the state that was saved.
 
         Raises ValueError when the checkpoint is of a model or optimiser with other arrays, and
         :class:`DamagedCheckpoint` when there are checkpoints and every one is damaged.
@@ -142,9 +142,9 @@ class Checkpoints:
                 while aside.exists():
                     aside = aside.with_name(aside.name + "-again")
                 os.replace(self.directory / str(step), aside)
-            message = f"checkpoint {step} in {self.directory} is damaged ({why}); using {used} instead"
-            warnings.warn(message, stacklevel=3)
-            print(message, file=sys.stderr)
+                print(
+                    f"checkpoint {step} in {self.directory} is damaged ({why}); using {used} instead", file=sys.stderr
+                )
         if damaged and jax.process_count() > 1:
             from jax.experimental import multihost_utils
 

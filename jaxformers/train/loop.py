@@ -114,7 +114,7 @@ def fit(
             once more and exits with code 0.
 
     Raises:
-        ValueError: an argument does not fit; nothing has been computed then.
+        ValueError: an argument does not fit.
         NonFiniteLoss: see ``config.on_nan``.
         DamagedCheckpoint: there are checkpoints and none can be read.
     """
@@ -154,8 +154,10 @@ def fit(
         if checkpoints.steps() and not config.resume:
             raise ValueError(f"directory: {checkpoints.directory} holds a run; resume it or name another directory")
         frozen_prints = fingerprints(frozen)
-        if (found := checkpoints.restore(state)) is not None:
-            state, notes = found
+        if checkpoints.steps():
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+            del state  # there is no room for two
+            state, notes = checkpoints.restore(like)
             differing = _check_same_run(notes, key_data, frozen_prints, config)
             stream.restore(own_state(notes["data"]))
 
@@ -197,15 +199,15 @@ def fit(
         params = state.params if state.ema is None else state.ema
         found: dict[str, float] = {}
         if eval_data is not None:
-            # the grace period after SIGTERM is short
-            batches = itertools.takewhile(lambda _: not stop.received, eval_data)
+            batches = itertools.takewhile(lambda _: not stop.at_once, eval_data)
             found = _mean((eval_step(placement.put_batch(b, mesh), params, used), batch_size(b)[0]) for b in batches)
-            if not found and not stop.received:
+            if not found and not stop.at_once:
                 raise ValueError("eval_data: it holds no batch, or cannot be gone through a second time")
-        if evaluate is not None and not stop.received:
+        if evaluate is not None and not stop.at_once:
             found |= {k: float(v) for k, v in evaluate(join(params, frozen), step).items()}
-        if not stop.received:
-            recorder.write({"kind": "eval", "step": step, **found, "seconds": time.perf_counter() - began})
+        if stop.at_once:
+            return {}
+        recorder.write({"kind": "eval", "step": step, **found, "seconds": time.perf_counter() - began})
         return found
 
     def save(scores: Mapping[str, float]) -> None:
@@ -215,7 +217,8 @@ def fit(
             "config": dataclasses.asdict(config), "key": key_data, "frozen": frozen_prints,
             "data": gather_states(stream.state()),
         }  # fmt: skip
-        checkpoints.save(state, notes, scores.get(config.best) if config.best else None)
+        score = scores.get(config.best) if config.best else None
+        checkpoints.save(state, notes, score if score is not None and np.isfinite(score) else None)
 
     try:
         with Sigterm(enabled=checkpoints is not None) as stop:
@@ -238,7 +241,7 @@ def fit(
                         scores = measure()
                 if stop.agreed(ask=due(config.log_every)):
                     settle()
-                    save({})
+                    save(scores)
                     checkpoints.wait()
                     recorder.say(f"SIGTERM: saved step {step} in {checkpoints.directory}; the same call resumes it")
                     raise SystemExit(0)

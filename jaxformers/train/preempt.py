@@ -27,6 +27,11 @@ class Sigterm:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
 
+    @property
+    def at_once(self) -> bool:
+        """Whether to break off an evaluation: the time after SIGTERM is short. Never while others take part in it."""
+        return self.received and jax.process_count() == 1
+
     def agreed(self, ask: bool) -> bool:
         """Whether to stop now. Processes must stop at the same step, so with several they ask one another, when
         ``ask`` (the same on all of them) says that it is time to."""

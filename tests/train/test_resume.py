@@ -3,13 +3,13 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import jax
@@ -190,9 +190,8 @@ def test_damaged_newest_is_skipped(trained, tmp_path, capfd, damage, target):
     assert files
     for path in files:
         damage(path)
-    with pytest.warns(UserWarning, match="checkpoint 12 in .* is damaged .*; using 8 instead"):
-        again = _train(tmp_path / "run")
-    assert "checkpoint 12" in capfd.readouterr().err
+    again = _train(tmp_path / "run")
+    assert re.search("checkpoint 12 in .* is damaged .*; using 8 instead", capfd.readouterr().err)
     assert [r["step"] for r in again.history if r["kind"] == "train"] == [4, 8, 12]
     for a, b in zip(jax.tree.leaves(want.params), jax.tree.leaves(again.params), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
@@ -208,9 +207,7 @@ def test_damage_to_any_other_file_never_changes_numbers(trained, tmp_path, damag
     for path in [p for p in newest.rglob("*") if p.is_file() and p.parent.name != "d" and p.parent.name != "meta"]:
         if path.name != "manifest.ocdbt":
             damage(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        again = _train(tmp_path / "run")
+    again = _train(tmp_path / "run")
     for a, b in zip(jax.tree.leaves(trained[1].params), jax.tree.leaves(again.params), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
@@ -315,6 +312,42 @@ def test_best_survives_a_restart(tmp_path):
             evaluate=lambda params, step: {"score": abs(step - 4)},
         )  # fmt: skip
     assert Checkpoints(tmp_path / "checkpoints").steps() == [4, 24]
+
+
+def test_a_score_that_is_not_a_number_is_never_the_best(tmp_path):
+    config = TrainConfig(steps=12, checkpoint_every=4, eval_every=4, keep=1, best="score", progress=False)
+    fit(
+        toy.objective, (toy.apply, toy.parameters()), [toy.arrays(16)], config, key=jax.random.key(0),
+        directory=tmp_path, evaluate=lambda params, step: {"score": {4: 1.0, 8: float("nan"), 12: 3.0}[step]},
+    )  # fmt: skip
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [4, 12]
+
+
+def test_sigterm_breaks_off_an_evaluation(tmp_path):
+    """What was measured in part is not written down; the checkpoint is of the step before the evaluation."""
+    seen = []
+
+    def held():
+        for i in range(1000):
+            if i == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            seen.append(i)
+            yield toy.arrays(16)
+
+    class Data:
+        def __iter__(self):
+            return held()
+
+    config = TrainConfig(steps=12, checkpoint_every=9, eval_every=4, log_every=4, progress=False)
+    with pytest.raises(SystemExit) as caught:
+        fit(
+            toy.objective, (toy.apply, toy.parameters()), [toy.arrays(16)], config, key=jax.random.key(0),
+            directory=tmp_path, eval_data=Data(),
+        )  # fmt: skip
+    assert caught.value.code == 0 and len(seen) <= 5
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [4]
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert "eval" not in kinds and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool", "int32", "uint8", "int4"])
