@@ -129,6 +129,31 @@ def test_errors_name_what_is_wrong(oracles, tmp_path):
             jf.load(edited(folder, tmp_path / str(i), **changes))
 
 
+def test_names_and_buffers_of_old_checkpoints(oracles, tmp_path):
+    bert = oracles / "backbones" / "bert" / "mlm"
+    found = load_file(bert / "model.safetensors")
+    old = {n: n.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta") for n in found}
+    extra = {
+        "bert.embeddings.position_ids": np.arange(40)[None],
+        "cls.predictions.decoder.weight": found["bert.embeddings.word_embeddings.weight"].copy(),  # tied
+        "cls.seq_relationship.weight": np.ones((2, 32), np.float32),
+        "bert.pooler.dense.weight": np.ones((32, 32), np.float32),
+    }
+    (tmp_path / "bert").mkdir()
+    shutil.copy(bert / "config.json", tmp_path / "bert")
+    save_file({**{old[name]: value for name, value in found.items()}, **extra}, tmp_path / "bert" / "model.safetensors")
+    assert tiny.largest_difference(leaves(jf.load(tmp_path / "bert")), leaves(jf.load(bert))) == 0
+
+    gpt2 = oracles / "backbones" / "gpt2"
+    found = load_file(gpt2 / "model.safetensors")
+    plain = {name.removeprefix("transformer."): value for name, value in found.items()}
+    plain |= {f"h.{i}.attn.bias": np.ones((1, 1, 32, 32), np.float32) for i in range(3)}  # the causal mask
+    (tmp_path / "gpt2").mkdir()
+    shutil.copy(gpt2 / "config.json", tmp_path / "gpt2")
+    save_file(plain, tmp_path / "gpt2" / "model.safetensors")
+    assert tiny.largest_difference(leaves(jf.load(tmp_path / "gpt2")), leaves(jf.load(gpt2))) == 0
+
+
 def test_where_a_checkpoint_is_not(tmp_path):
     with pytest.raises(CheckpointError, match="no such directory"):
         jf.load(tmp_path / "nowhere")

@@ -166,6 +166,17 @@ def test_cross_attention(kv_heads):
     assert np.abs(out - expected).max() < 1e-5
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_positions_turn_queries_and_keys(interleaved):
+    attention, x = module(kv_heads=2, head_size=6, interleaved=interleaved), draw((2, 5, 8), 0)
+    rotary = nn.rotary_table(nn.Rotary(4), np.array([[0, 1, 2, 3, 4], [7, 3, 9, 1, 0]]))  # 4 of 6 dimensions
+    out, _ = attention(x, rotary=rotary)
+    q, k, v = (project(getattr(attention, n), x, h, 6) for n, h in (("query", 4), ("key", 2), ("value", 2)))
+    q, k = (np.asarray(nn.rotate(jnp.asarray(a, jnp.float32), rotary, interleaved)) for a in (q, k))
+    context, _ = reference(q, k, v)
+    assert np.abs(out - project(attention.out, context.reshape(2, 5, 24), 1, 8)[:, :, 0]).max() < 1e-5
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_cached_steps_equal_one_pass(window):
     attention, x = module(kv_heads=2), draw((2, 6, 8), 0)
