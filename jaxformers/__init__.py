@@ -22,7 +22,7 @@ _VERBS = {
     "fit": "train", "TrainConfig": "train",
 }  # fmt: skip
 _PACKAGES = (
-    "adapt", "compress", "data", "losses", "metrics", "models", "nn", "paths", "pretrain", "surgery", "tasks", "train",
+    "compress", "data", "losses", "metrics", "models", "nn", "paths", "pretrain", "surgery", "tasks", "train",
     "weights",
 )  # fmt: skip
 

@@ -1,0 +1,1 @@
+"""Applications of pretrained transformers, one system a file."""
