@@ -89,31 +89,38 @@ def attend(
 ) -> Float[Array, "batch queries heads size"]:
     """Attention of one layer, before the output projection.
 
-    Heads must be a multiple of kv_heads. Scores and softmax are float32. The fused path is taken unless somebody asked
-    for the sites ``<path>.scores`` or ``<path>.probs``, or dropout acts on the probabilities. A query that sees no key
-    gets the mean of all values (its output is not meaningful, but finite; values and gradient are Hugging Face's).
+    Heads must be a multiple of kv_heads. Scores and softmax are float32. Probabilities are formed only when somebody
+    asks for the sites ``<path>.scores`` or ``<path>.probs``; otherwise the fused path divides by the sum of the softmax
+    after the product with V, where there is less to divide. A query that sees no key gets the mean of all values (its
+    output is not meaningful, but finite).
     """
     batch, queries, heads, size = q.shape
     keys, kv_heads = k.shape[1], k.shape[2]
     scale = size**-0.5 if scale is None else scale
-    allowed = None if mask is None else mask.dense(queries, keys)
-    penalty = None if allowed is None else jnp.where(allowed, 0.0, MASKED)
-    observed = wanted(f"{path}.scores") or wanted(f"{path}.probs")
-    if not observed and (key is None or rate == 0.0):
-        penalty = bias if penalty is None else penalty if bias is None else bias + penalty
-        return jax.nn.dot_product_attention(q, k, v, bias=penalty, scale=scale)
-    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, size)
-    scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, heads, queries, keys) * scale
+    # heads lead, and the queries of the heads that share a key head follow each other: plain batched matrix products
+    q, k, v = ((q * scale).astype(q.dtype).swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2))
+    q = q.reshape(batch, kv_heads, heads // kv_heads * queries, size)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, heads, queries, keys)
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)
     scores = site(f"{path}.scores", scores)
-    if penalty is not None:
-        scores = scores + penalty
-    probs = site(f"{path}.probs", jax.nn.softmax(scores, axis=-1))
-    probs = dropout(probs, rate, key).astype(v.dtype)
-    grouped_probs = probs.reshape(batch, kv_heads, heads // kv_heads, queries, keys)
-    return jnp.einsum("bhgqk,bkhd->bqhgd", grouped_probs, v).reshape(batch, queries, heads, v.shape[-1])
+    allowed = None if mask is None else mask.dense(queries, keys)
+    if allowed is not None:
+        scores = scores + jnp.where(allowed, 0.0, MASKED)  # added: so a query without keys has Hugging Face's gradient
+    if wanted(f"{path}.scores") or wanted(f"{path}.probs"):
+        probs, total = site(f"{path}.probs", jax.nn.softmax(scores, axis=-1)), None
+    else:
+        probs, total = unnormalized_softmax(scores)
+    probs = dropout(probs, rate, key).astype(v.dtype).reshape(batch, kv_heads, -1, keys)
+    context = jnp.einsum("bhqk,bhkd->bhqd", probs, v).reshape(batch, heads, queries, v.shape[-1])
+    return (context if total is None else (context / total).astype(v.dtype)).swapaxes(1, 2)
+
+
+def unnormalized_softmax(scores: Float[Array, "*batch keys"]) -> tuple[Float[Array, "*batch keys"], jax.Array]:
+    """(e, Σ e) over the last axis, with e = exp(scores − their maximum): softmax is their quotient."""
+    e = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    return e, e.sum(axis=-1, keepdims=True)
 
 
 class Attention(nnx.Module):
@@ -156,7 +163,7 @@ class Attention(nnx.Module):
 
     def empty_cache(self, batch: int, slots: int, dtype: jnp.dtype) -> KeyValue:
         """Storage for ``slots`` keys and values."""
-        zeros = jnp.zeros((batch, slots, self.kv_heads, self.size), dtype)
+        zeros = jnp.zeros((batch, self.kv_heads, slots, self.size), dtype)
         return KeyValue(zeros, zeros)
 
     def __call__(
@@ -180,7 +187,7 @@ class Attention(nnx.Module):
             q, k = rotate(q, rotary, self.interleaved), rotate(k, rotary, self.interleaved)
         if cache is not None:
             cache = cache.write(k, v, mask.start)
-            k, v = cache.key.astype(q.dtype), cache.value.astype(q.dtype)
+            k, v = cache.read(q.dtype)
         (drop,) = split(key, 1)
         context = attend(q, k, v, mask=mask, bias=bias, scale=self.scale, path=self.path, rate=self.rate, key=drop)
         context = site(f"{self.path}.context", context)

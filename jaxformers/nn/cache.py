@@ -11,18 +11,21 @@ from jaxtyping import Array, Bool, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyValue:
-    """One layer's keys and values by slot: (B, S, kv heads, head size)."""
+    """One layer's keys and values by slot: (B, kv heads, S, head size), in the order that attention multiplies."""
 
-    key: Float[Array, "batch slots heads size"]
-    value: Float[Array, "batch slots heads size"]
+    key: Float[Array, "batch heads slots size"]
+    value: Float[Array, "batch heads slots size"]
 
     def write(self, key: jax.Array, value: jax.Array, start: jax.Array) -> "KeyValue":
-        """Put L new keys and values at slots ``start … start + L − 1``."""
-        at = (0, start, 0, 0)
-        return KeyValue(
-            jax.lax.dynamic_update_slice(self.key, key.astype(self.key.dtype), at),
-            jax.lax.dynamic_update_slice(self.value, value.astype(self.value.dtype), at),
+        """Put new keys and values (B, L, kv heads, head size) at slots ``start … start + L − 1``."""
+        put = lambda store, new: jax.lax.dynamic_update_slice(
+            store, new.swapaxes(1, 2).astype(store.dtype), (0, 0, start, 0)
         )
+        return KeyValue(put(self.key, key), put(self.value, value))
+
+    def read(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """All keys and values, (B, S, kv heads, head size)."""
+        return self.key.astype(dtype).swapaxes(1, 2), self.value.astype(dtype).swapaxes(1, 2)
 
 
 @jax.tree_util.register_dataclass

@@ -43,4 +43,4 @@ class Embed(nnx.Module):
 
     def attend(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch rows"]:
         """Scores of every row, ``x Eᵀ``: tied input and output embeddings."""
-        return x @ self.embedding.get_value().astype(x.dtype).T
+        return weights.matmul(x, self.embedding.get_value().T)

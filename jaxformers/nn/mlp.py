@@ -11,8 +11,14 @@ from jaxtyping import Array, Float
 from jaxformers.nn.linear import Linear
 from jaxformers.sites import site
 
+
+def gelu(x: jax.Array) -> jax.Array:
+    """``x Φ(x)`` (arXiv 1606.08415), by erf: the erfc of jax.nn.gelu's exact form takes a CPU five times as long."""
+    return (0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_new": partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
     "gelu_fast": partial(jax.nn.gelu, approximate=True),

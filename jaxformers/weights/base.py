@@ -42,7 +42,14 @@ def is_typed(w: Any) -> bool:
 
 def matmul(x: jax.Array, w: Any) -> jax.Array:
     """``x (…, in) @ w (in, out) -> (…, out)`` in the dtype of ``x``, for an array or a typed weight."""
-    return w.matmul(x) if is_typed(w) else x @ w.astype(x.dtype)
+    if is_typed(w):
+        return w.matmul(x)
+    w = w.astype(x.dtype)
+    if x.ndim > 2 and jax.default_backend() == "cpu":
+        # The gradient by w contracts over all leading axes. XLA's CPU backend writes a transposed copy unless they are
+        # one axis; elsewhere they stay apart, since a merged axis could not be cut along the length.
+        return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
+    return x @ w
 
 
 def dense(w: Any) -> jax.Array:

@@ -31,7 +31,7 @@ class LowRank:
         return self.base.dtype
 
     def matmul(self, x: jax.Array) -> jax.Array:
-        update = (x @ self.a.astype(x.dtype)) @ self.b.astype(x.dtype)
+        update = weights.matmul(weights.matmul(x, self.a), self.b)
         return weights.matmul(x, self.base) + self.scale * update
 
     def dense(self) -> jax.Array:

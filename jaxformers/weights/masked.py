@@ -34,7 +34,7 @@ class Masked:
         return base * self.mask.astype(base.dtype)
 
     def matmul(self, x: jax.Array) -> jax.Array:
-        return x @ self.dense().astype(x.dtype)
+        return weights.matmul(x, self.dense())
 
     def to_tensors(self) -> dict[str, np.ndarray]:
         return {**weights.to_tensors(self.base), "weight_mask": np.asarray(self.mask).T}
