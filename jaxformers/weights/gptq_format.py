@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxformers.safetensors_file import show
 from jaxformers.safetensors_io import read_json
 from jaxformers.weights import words
 from jaxformers.weights.packed import BITS, FORMATS, PackedWeight, n_groups
@@ -33,9 +34,9 @@ class QuantizeConfig:
     dynamic: tuple[tuple[str, Mapping[str, Any]], ...] = ()  # (pattern of layer names, settings that differ there)
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if type(self.bits) is not int or self.bits not in BITS:
             raise ValueError(f"quantization_config: bits must be one of {BITS}, got {self.bits!r}")
-        if not isinstance(self.group_size, int) or self.group_size == 0 or self.group_size < -1:
+        if type(self.group_size) is not int or self.group_size == 0 or self.group_size < -1:
             raise ValueError(f"quantization_config: group_size must be -1 or positive, got {self.group_size!r}")
         if self.checkpoint_format not in FORMATS:
             raise ValueError(
@@ -73,10 +74,17 @@ def parse(config: Mapping[str, Any]) -> QuantizeConfig:
     if not isinstance(dynamic, Mapping) or not all(isinstance(own, Mapping | None) for own in dynamic.values()):
         raise ValueError("quantization_config: dynamic must map patterns of layer names to settings")
     for pattern in dynamic:
+        plain = re.sub(r"^[+-]:", "", pattern)
         try:
-            re.compile(re.sub(r"^[+-]:", "", pattern))
-        except re.error as error:
-            raise ValueError(f"quantization_config: dynamic has the pattern {pattern!r}: {error}") from None
+            re.compile(plain)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"quantization_config: dynamic has the pattern {show(pattern)}: {error}") from None
+        # (.+)* and its like take a time exponential in the length of a name that does not match
+        if len(plain) > 500 or re.search(r"\)[*+{]", plain) or len(re.findall(r"(?<!\\)[*+{]", plain)) > 5:
+            raise ValueError(
+                f"quantization_config: dynamic has the pattern {show(pattern)}; repeated groups and more than five "
+                "repetitions are not supported"
+            )
     found["dynamic"] = tuple((pattern, own or {}) for pattern, own in dynamic.items())
     if "sym" not in found:
         log.warning("quantization_config has no 'sym': assuming true")

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxformers import atomic, surgery
 from jaxformers.models.keymap import all_keys, lookup
-from jaxformers.safetensors_file import SafetensorsFile
+from jaxformers.safetensors_file import SafetensorsFile, show
 from jaxformers.safetensors_io import CheckpointError, read_json, write_tensors
 from jaxformers.weights.lowrank import LowRank, record_lora
 
@@ -72,12 +72,12 @@ def load_adapter(model: nnx.Module, directory: str | Path) -> nnx.Module:
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise CheckpointError(f"{directory}: r={rank!r}, lora_alpha={alpha!r}: expected a rank and a number")
     alpha = alpha * rank**0.5 if config.get("use_rslora") else alpha
-    file = SafetensorsFile(directory / "adapter_model.safetensors")
+    file = SafetensorsFile(directory / "adapter_model.safetensors", check_finite=True)
     updates: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in file.items():
         found = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])(?:\.default)?\.weight", name)
         if found is None:
-            raise CheckpointError(f"{directory}: tensor {name} is no low-rank update")
+            raise CheckpointError(f"{directory}: tensor {show(name)} is no low-rank update")
         updates.setdefault(found[1], {})[found[2]] = tensor.read()
     model = surgery.copy(model)
     targets = []
@@ -95,7 +95,7 @@ def load_adapter(model: nnx.Module, directory: str | Path) -> nnx.Module:
         linear.kernel.set_value(LowRank(kernel, a, b, alpha / rank))
         targets.append(path)
     if updates:
-        raise CheckpointError(f"{directory}: the model has no layer {next(iter(updates))}")
+        raise CheckpointError(f"{directory}: the model has no layer {show(next(iter(updates)))}")
     return record_lora(model, targets, rank, alpha)
 
 
@@ -111,4 +111,3 @@ def _hf_name(model: Any, path: str, *, strict: bool = True) -> str:
         return ""
     prefix = f"{arch.PREFIX}." if model.head_name in arch.HEADS and lookup(arch.KEYS, f"{path}.kernel") else ""
     return prefix + found[0].name
-
