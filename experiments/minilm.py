@@ -13,6 +13,7 @@ from which package of the standard library is this line of code?).
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class Config:
     with_probe_text: bool = True
     layers: int = 2
     width: int = 64
+    dropout: float = 0.0
     relation_heads: int = 8
     steps: int = 400
     batch: int = 32
@@ -74,8 +76,8 @@ PRESETS = {
     ),
     "small": Config(),
     "paper": Config(
-        teacher="google-bert/bert-base-uncased", layers=6, width=384, relation_heads=48, steps=400_000, batch=256,
-        rate=3e-4, warmup=4000, length=512, probe_rows=67_349, seeds=1,
+        teacher="google-bert/bert-base-uncased", layers=6, width=384, dropout=0.1, relation_heads=48,
+        steps=400_000, batch=256, rate=3e-4, warmup=4000, length=512, probe_rows=67_349, seeds=1,
     ),
 }  # fmt: skip
 
@@ -92,7 +94,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         teacher, teacher_loss = jf.load(config.teacher, head="none"), None
         tokenizer = load_tokenizer(teacher.source)
     heldout = list(until(heldout_texts, 5 * config.length * config.heldout_rows))  # some five characters a token
-    size = StudentConfig(config.layers, config.width, config.heads if config.teacher is None else None)
+    heads = config.heads if config.teacher is None else None
+    size = StudentConfig(config.layers, config.width, heads, dropout=config.dropout)
     variants = {
         "v1": minilm.v1(),
         "v1 without values": minilm.v1(value=0),
@@ -100,12 +103,18 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     }
 
     rows, curves = [], {}
+
+    def note(record: dict[str, Any]) -> None:
+        rows.append(record)
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
     probe_teacher = probe(teacher, tokenizer, probe_data, config.length)
     for seed in range(config.seeds):
         key = jax.random.key(seed)
         untrained = student_model(teacher, size, jax.random.split(key, (1, 2))[0][0])  # as `distil` begins
         accuracy = probe(untrained, tokenizer, probe_data, config.length)
-        rows.append({"student": "random", "seed": seed, "probe": accuracy})
+        note({"student": "random", "seed": seed, "probe": accuracy})
         for name, loss in variants.items():
             train = TrainConfig(
                 steps=config.steps,
@@ -121,7 +130,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             curves.setdefault(name, []).append(held)
             accuracy = probe(done.student, tokenizer, probe_data, config.length)
             values = [v for _, v in held]
-            rows.append({
+            note({
                 "student": name, "seed": seed, "probe": accuracy, "held-out KL at start": values[0],
                 "held-out KL": values[-1], "falls monotonically": bool((np.diff(values) < 0).all()),
             })  # fmt: skip

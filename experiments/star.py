@@ -14,6 +14,7 @@ the repository; else the standard library's modules are the authors, and the thi
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from jaxformers.data.text import python_sources, read_records
 from jaxformers.data.tokenizers import load_tokenizer, train_wordpiece
 from jaxformers.extras import require
 from jaxformers.models import bert
-from jaxformers.pretrain.star import AuthorIndex, StyleModel, StylePretrainer, Verifier, cluster
+from jaxformers.pretrain.star import AuthorIndex, StylePretrainer, Verifier, cluster
 from jaxformers.train import OptimConfig, TrainConfig
 
 Rows = list[dict[str, Any]]
@@ -44,15 +45,15 @@ class Config:
     layers: int = 2
     width: int = 64
     heads: int = 4
-    dropout: float = 0.1
+    dropout: float = 0.2
     length: int = 256
     pool: str = "mean_linear"
     authors: int = 20
-    views: int = 4
-    chunk: int = 40
+    views: int = 2
+    chunk: int = 20
     steps: int = 200
     optimizer: str = "adamw"
-    rate: float = 2e-3
+    rate: float = 3e-3
     warmup: float = 0.1
     decay: float = 0.01
     temperature: float | None = None
@@ -89,9 +90,11 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
     def judge(name: str, seed: int, encode: Callable) -> None:
         results.append({"encoder": name, "seed": seed, **judged(config, tests, encode, seed)})
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(results[-1]) + "\n")
 
-    judge("character trigrams", 0, tfidf(support, analyzer="char", ngram_range=(3, 3)))
-    judge("words", 0, tfidf(support))
+    judge("character trigrams", 0, lookup(tfidf(support, texts, analyzer="char", ngram_range=(3, 3)), texts))
+    judge("words", 0, lookup(tfidf(support, texts), texts))
     tokenizer = train_wordpiece([r["text"] for r in support], config.vocab, lowercase=False)
     for seed in range(config.seeds):
         keys = jax.random.split(jax.random.key(seed), 3)
@@ -99,7 +102,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             c, rate = config, config.dropout
             size = bert.Config(
                 tokenizer.vocab_size, c.width, c.layers, c.heads, 4 * c.width, max_position_embeddings=c.length,
-                hidden_dropout_prob=rate, attention_probs_dropout_prob=rate, pooler=False,
+                hidden_dropout_prob=rate, attention_probs_dropout_prob=0.0, pooler=False,
             )  # fmt: skip
             backbone = jf.init(size, key=keys[0])
         else:
@@ -109,7 +112,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             backbone, pool=config.pool, temperature=config.temperature, tokenizer=tokenizer,
             max_length=min(config.length, getattr(backbone.config, "max_length", config.length)), key=keys[1],
         )  # fmt: skip
-        judge("untrained", seed, lookup(pretrainer.untrained(), texts))
+        judge("untrained", seed, lookup(pretrainer.untrained().embed(texts), texts))
         order = np.random.default_rng(seed).permutation(len(support))
         shuffled = [{**r, "author": support[i]["author"], "doc": support[i]["doc"]}
                     for r, i in zip(support, order, strict=True)]  # fmt: skip
@@ -118,7 +121,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
                 table, authors_per_batch=min(config.authors, len(seen)), views=config.views, chunk=config.chunk,
                 train=training(config), key=keys[2], seed=seed, directory=out / f"{name.replace(' ', '-')}-{seed}",
             )  # fmt: skip
-            judge(name, seed, lookup(style, texts))
+            judge(name, seed, lookup(style.embed(texts), texts))
             if name == "trained" and seed == 0:
                 style.save(out / "style")
 
@@ -170,17 +173,17 @@ def training(config: Config) -> TrainConfig:
     )
 
 
-def lookup(style: StyleModel, texts: list[str]) -> Callable:
-    """An encoder that has embedded `texts` once."""
+def lookup(z: np.ndarray, texts: list[str]) -> Callable:
+    """An encoder that has embedded `texts` once: z (texts, width)."""
     place = {t: i for i, t in enumerate(texts)}
-    z = style.embed(texts)
     return lambda asked: z[[place[t] for t in asked]]
 
 
-def tfidf(support: Rows, **options: Any) -> Callable:
+def tfidf(support: Rows, texts: list[str], **options: Any) -> np.ndarray:
+    """(texts, terms), with the frequencies and terms of the support texts."""
     text = require("sklearn.feature_extraction.text", extra="link")
     fitted = text.TfidfVectorizer(sublinear_tf=True, min_df=2, **options).fit([r["text"] for r in support])
-    return lambda asked: fitted.transform(asked).toarray().astype(np.float32)
+    return fitted.transform(texts).toarray().astype(np.float32)
 
 
 def judged(config: Config, tests: dict[str, tuple[Rows, Rows]], encode: Callable, seed: int) -> dict[str, float]:
