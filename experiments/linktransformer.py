@@ -72,7 +72,7 @@ PRESETS = {
 
 def run(config: Config, out: Path) -> dict:
     rows, points = [], {}
-    with open(out / "metrics.jsonl", "w", encoding="utf-8") as log:
+    with open(out / "metrics.jsonl", "w", encoding="utf-8", buffering=1) as log:
         for task in config.tasks:
             scores = {"trigram TF-IDF": [], "zero-shot": [], "supcon": []}
             for seed in range(config.seeds):

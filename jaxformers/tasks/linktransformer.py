@@ -19,7 +19,7 @@ Two DataFrames go in, one DataFrame with a `score` column comes out:
 list of n texts to an (n, D) array. Inputs are never changed, row order and dtypes are kept, every distinct text is
 embedded once. `engine="exact"` compares each block of left rows with the whole right table; `engine="blocked"` also
 streams the right table, so that memory depends on neither size. Both are exact and give equal results.
-Training: `train_model` and `train_clf_model`, in `linktransformer_train.py`.
+`train_model` (in `linktransformer_train.py`) and `train_clf_model` (in `linktransformer_classify.py`) make own models.
 """
 
 from __future__ import annotations

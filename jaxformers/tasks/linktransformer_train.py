@@ -187,7 +187,8 @@ def fit_linkage(model: Any, tokenizer: Any, splits: Split, args: LinkTrainingArg
     result = train.fit(
         objective, model, batches, config, key=jax.random.key(args.seed), evaluate=evaluate if splits.val else None
     )
-    evaluation["after"] = splits.val.score(encode(result.params)) if splits.val else None
+    after = {name: result.last(f"eval_{name}") for name in evaluation["before"] or ()}  # `fit` evaluates at the end
+    evaluation["after"] = after or None
     evaluation["test"] = splits.test.score(encode(result.params)) if splits.test else None
     evaluation["history"] = result.history
     logger.info("linkage training: before %s, after %s", evaluation["before"], evaluation["after"])
