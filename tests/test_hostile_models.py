@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -317,3 +318,89 @@ def test_unaligned_files_and_other_dtypes_load(tmp_path):
         params = jf.functional(jf.load(directory, dtype=dtype))[1]
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
         assert np.array_equal(params["embeddings"]["token"]["embedding"], expected[WORD].astype(jnp.dtype(dtype)))
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    """A tiny Llama in GPTQ's layout, 4 bits in groups of 16."""
+    config = {
+        "model_type": "llama", "vocab_size": 11, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 16,
+    }  # fmt: skip
+    model = jf.init(config, head="causal_lm", key=jax.random.key(0))
+    directory = tmp_path_factory.mktemp("packed") / "v"
+    jf.save(jf.compress.gptq(model, method="rtn", bits=4, group_size=16), directory)
+    return directory
+
+
+Q = "model.layers.0.self_attn.q_proj."
+
+
+def quantisation(**changes):
+    return edit_json("config.json", lambda c: c["quantization_config"].update(changes))
+
+
+def words(name, change):
+    return tensors(lambda t: t.update({Q + name: np.array(change(t[Q + name]))}))
+
+
+PACKED = {
+    "other bits": (quantisation(bits=8), "q_proj: qzeros: expected .* 8 bits"),
+    "bits that are none": (quantisation(bits=5), r"bits must be one of \(2, 3, 4, 8\), got 5"),
+    "bits as a fraction": (quantisation(bits=4.0), "bits must be one of .*, got 4.0"),
+    "group_size 0": (quantisation(group_size=0), "group_size must be -1 or positive, got 0"),
+    "group_size true": (quantisation(group_size=True), "group_size must be -1 or positive, got True"),
+    "group_size 2^70": (quantisation(group_size=2**70), "q_proj: qzeros: expected"),
+    "format unknown": (quantisation(checkpoint_format="x"), "checkpoint_format must be one of"),
+    "a pattern that never ends": (
+        quantisation(dynamic={"(.|.)*x$": {"bits": 4}}),
+        "repeated groups and more than five",
+    ),
+    "a pattern that ends late": (
+        quantisation(dynamic={".*" * 20 + "x$": {"bits": 4}}),
+        "repeated groups and more than",
+    ),
+    "a pattern that is none": (quantisation(dynamic={"(": {"bits": 4}}), "dynamic has the pattern '\\('"),
+    "words of 64 bits": (words("qweight", lambda a: a.astype(np.int64)), "q_proj: qweight: expected a matrix of int32"),
+    "words without shape": (words("qweight", lambda a: a[0, 0]), r"q_proj: qweight: expected a matrix .* int32 \(\)"),
+    "words missing": (words("qweight", lambda a: a[:-1]), "q_proj: "),
+    "words turned": (words("qweight", lambda a: np.ascontiguousarray(a.T)), "q_proj: qzeros: expected"),
+    "zeros cut": (words("qzeros", lambda a: a[:-1]), r"q_proj: qzeros: expected \(2, 4\) .* found \(1, 4\)"),
+    "no zeros": (tensors(lambda t: t.pop(Q + "qzeros")), "q_proj: tensor qzeros is missing"),
+    "scales cut": (words("scales", lambda a: np.ascontiguousarray(a[:, 1:])), r"q_proj: scales: expected \(2, 32\)"),
+    "scales of whole numbers": (words("scales", lambda a: a.astype(np.int32)), "q_proj: scales: expected floating"),
+    "scales NaN": (words("scales", lambda a: a * np.float16(np.nan)), "q_proj.scales.* contains NaN"),
+    "groups out of range": (words("g_idx", lambda a: a + 1000), "q_proj: g_idx: expected values from 0 to 1"),
+    "groups negative": (words("g_idx", lambda a: a - 1000), "q_proj: g_idx: expected values from 0 to 1"),
+    "groups cut": (words("g_idx", lambda a: a[:3]), r"q_proj: g_idx: expected shape \(32,\), found \(3,\)"),
+    "groups of fractions": (words("g_idx", lambda a: a + 0.5), "q_proj: g_idx: expected whole numbers, found float"),
+    "packed and not": (put(Q + "weight", np.zeros((32, 32), np.float32)), "no place in this model: .*q_proj.weight"),
+    "something beside": (put(Q + "foo", np.zeros(3)), "no place in this model: .*q_proj.foo"),
+    "a bias that the config denies": (
+        put(Q + "bias", np.ones(32, np.float32)),
+        "no place in this model: .*q_proj.bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_checkpoints_are_refused_by_layer(packed, tmp_path, case):
+    spoil, message = PACKED[case]
+    shutil.copytree(packed, tmp_path / "c")
+    spoil(tmp_path / "c")
+    start = time.process_time()
+    with pytest.raises(ValueError, match=message):
+        jf.load(tmp_path / "c")
+    assert time.process_time() - start < 1
+
+
+def test_packed_checkpoints_as_others_write_them(packed, tmp_path):
+    expected = jf.functional(jf.load(packed))[1]
+    for name, spoil in {
+        "zero biases": put(Q + "bias", np.zeros(32, np.float32)),
+        "no g_idx": tensors(lambda t: t.pop(Q + "g_idx")),
+        "patterns": quantisation(dynamic={r"+:.*\.(?:1[0-5])\..*(?:up|gate)_proj.*": {"bits": 8}, "-:lm_head": {}}),
+    }.items():
+        shutil.copytree(packed, tmp_path / name)
+        spoil(tmp_path / name)
+        jax.tree.map(np.testing.assert_array_equal, jf.functional(jf.load(tmp_path / name))[1], expected)

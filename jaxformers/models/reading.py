@@ -42,8 +42,9 @@ class Names:
         return None if found is None else self.checkpoint[found]
 
     def under(self, module: str) -> dict[str, LazyTensor]:
-        """All tensors of a module by suffix, marked as used."""
-        return {n[len(module) + 1 :]: self.get(n) for n in self.in_file if n.startswith(module + ".")}
+        """All tensors of a module by suffix."""
+        found = {n[len(module) + 1 :]: n for n in self.in_file if n.startswith(module + ".")}
+        return {suffix: self.checkpoint[self.in_file[name]] for suffix, name in found.items()}
 
 
 def expect_packed(model: nnx.Module, arch: Any, hf: Mapping[str, Any], checkpoint: Checkpoint) -> None:
@@ -121,8 +122,13 @@ def _reader(names: Names, path: str, entry: HF, leaf_name: str, leaf: Any) -> Ca
     """A function that reads the parameter at ``path``, or None when its tensor is missing. Checks shape and dtype."""
     is_kernel = path.endswith(".kernel")
     if weights.is_typed(leaf):
-        tensors = names.under(entry.name)
-        return (lambda: leaf.from_tensors(_torch_like(tensors, entry))) if tensors else None
+        if not names.under(entry.name):
+            return None
+        try:
+            value = leaf.from_tensors(_torch_like(names, entry))  # views of the file; what is not asked for is unmapped
+        except ValueError as error:
+            raise ValueError(f"{entry.name}: {error}") from error
+        return lambda: value
     tensor = names.get(f"{entry.name}.{leaf_name}")
     if tensor is None:
         return None
@@ -138,25 +144,27 @@ def _reader(names: Names, path: str, entry: HF, leaf_name: str, leaf: Any) -> Ca
         )
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise ValueError(f"{entry.name}.{leaf_name} has dtype {tensor.dtype}, expected a floating-point one")
-    read = _torch_like({leaf_name: tensor}, entry)
+    read = _torch_like(names, entry)
     return (lambda: weights.from_tensors(leaf, read)) if is_kernel else (lambda: read(leaf_name))
 
 
-def _torch_like(tensors: Mapping[str, LazyTensor], entry: HF) -> Callable[[str], np.ndarray | None]:
+def _torch_like(names: Names, entry: HF) -> Callable[[str], np.ndarray | None]:
     """``read(suffix)`` as if the module were its own Linear: slices of fused layers, Conv1D turned to (out, in)."""
     i, n = entry.part
 
     def read(suffix: str) -> np.ndarray | None:
-        if n > 1 and f"{i}.{suffix}" in tensors:  # belongs to this slice alone
-            return tensors[f"{i}.{suffix}"].read()
-        if suffix not in tensors:
+        own = names.get(f"{entry.name}.{i}.{suffix}") if n > 1 else None
+        if own is not None:  # belongs to this slice alone
+            return own.read()
+        tensor = names.get(f"{entry.name}.{suffix}")
+        if tensor is None:
             if suffix == "g_idx":  # optional in the packed layout
                 return None
-            raise CheckpointError(f"tensor {entry.name}.{suffix} is missing")
-        array = tensors[suffix].read()
+            raise CheckpointError(f"tensor {suffix} is missing")
+        array = tensor.read()
         if suffix == "weight" and entry.conv1d:
             array = array.T
-        if n > 1 and suffix != "g_idx":
+        if n > 1 and suffix != "g_idx" and array.ndim:
             axis = 0 if suffix == "weight" else array.ndim - 1
             width = array.shape[axis] // n
             array = array[(slice(None),) * axis + (slice(i * width, (i + 1) * width),)]

@@ -181,6 +181,8 @@ def from_gptq(
         raise ValueError(f"scales: expected floating point, found {scales.dtype}")
     g_idx = np.asarray(tensors["g_idx"]) if tensors.get("g_idx") is not None else None
     if g_idx is not None:
+        if not np.issubdtype(g_idx.dtype, np.integer):
+            raise ValueError(f"g_idx: expected whole numbers, found {g_idx.dtype}")
         if g_idx.shape != (d_in,):
             raise ValueError(f"g_idx: expected shape {(d_in,)}, found {g_idx.shape}")
         if g_idx.min() < 0 or g_idx.max() >= groups:
