@@ -95,7 +95,8 @@ def load_adapter(model: nnx.Module, directory: str | Path) -> nnx.Module:
         linear.kernel.set_value(LowRank(kernel, a, b, alpha / rank))
         targets.append(path)
     if updates:
-        raise CheckpointError(f"{directory}: the model has no layer {show(next(iter(updates)))}")
+        lost = show(next(iter(updates))).strip("'")
+        raise CheckpointError(f"{directory}: the model has no layer {lost}")
     return record_lora(model, targets, rank, alpha)
 
 
