@@ -50,7 +50,7 @@ class Config:
     teacher_layers: int = 4
     teacher_width: int = 128
     heads: int = 4
-    teacher_steps: int = 1500
+    teacher_steps: int = 900
     teacher_batch: int = 64
     teacher_rate: float = 1e-3
     masked: float = 0.3
@@ -59,7 +59,7 @@ class Config:
     width: int = 64
     dropout: float = 0.0
     relation_heads: int = 8
-    steps: int = 400
+    steps: int = 200
     batch: int = 32
     rate: float = 2e-3
     warmup: float = 0.1

@@ -29,9 +29,7 @@ def test_attribution_oracle(attribution):
     support, query = attribution["support"], attribution["query"]
     n, k, width = support.shape
     encode = table_of(np.concatenate([support.reshape(-1, width), query.reshape(-1, width)]))
-    index = AuthorIndex(
-        {"author": np.repeat(np.arange(n), k), "text": [str(i) for i in range(n * k)]}, encode
-    )
+    index = AuthorIndex({"author": np.repeat(np.arange(n), k), "text": [str(i) for i in range(n * k)]}, encode)
     queries = [str(n * k + i) for i in range(query.shape[0] * query.shape[1])]
     sim = index.similarities(queries)
     np.testing.assert_allclose(sim, attribution["sim"], rtol=1e-9, atol=1e-12)
