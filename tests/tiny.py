@@ -1,5 +1,7 @@
 """Models small enough to compile in a second."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -21,9 +23,10 @@ GPT2 = gpt2.Config(
 CONFIGS = {"bert": (BERT, "masked_lm"), "llama": (LLAMA, "causal_lm"), "gpt2": (GPT2, "causal_lm")}
 
 
-def model(name: str, head: str | None = "lm"):
-    """A random model with its language-model head, or with another ``head``."""
+def model(name: str, head: str | None = "lm", **changes):
+    """A random model with its language-model head, or with another ``head``; ``changes`` to its config."""
     config, lm = CONFIGS[name]
+    config = dataclasses.replace(config, **changes)
     return jf.init(config, head=lm if head == "lm" else head, key=jax.random.key(0))
 
 
