@@ -15,6 +15,7 @@ from jaxformers.nn.heads import (
     encoder_output,
     new_sentence_head,
 )
+from jaxformers.nn.keys import Keys
 from jaxformers.nn.linear import Embed, Linear
 from jaxformers.nn.mlp import MLP, activation
 from jaxformers.nn.norms import LayerNorm, RMSNorm
@@ -23,9 +24,10 @@ from jaxformers.nn.pooling import normalize, pool
 from jaxformers.nn.positions import Rotary, relative_buckets, rotary_from_hf, rotary_table, rotary_to_hf, rotate
 
 __all__ = [
-    "Adapter", "Attention", "Block", "Cache", "CausalLMHead", "ClassificationHead", "Embed", "Embeddings", "KeyValue",
-    "LayerNorm", "Layers", "Linear", "MLP", "Mask", "MaskedLMHead", "Output", "RMSNorm", "Rotary", "SentenceHead",
-    "activation", "add_adapters", "advance", "attend", "causal_mask", "check_length", "decoder_output", "dropout",
-    "encoder_output", "new_cache", "new_sentence_head", "normalize", "padded_positions", "pool", "relative_buckets",
-    "rotary_from_hf", "rotary_table", "rotary_to_hf", "rotate", "split",
+    "Adapter", "Attention", "Block", "Cache", "CausalLMHead", "ClassificationHead", "Embed", "Embeddings",
+    "KeyValue", "Keys", "LayerNorm", "Layers", "Linear", "MLP", "Mask", "MaskedLMHead", "Output", "RMSNorm",
+    "Rotary", "SentenceHead", "activation", "add_adapters", "advance", "attend", "causal_mask", "check_length",
+    "decoder_output", "dropout", "encoder_output", "new_cache", "new_sentence_head", "normalize",
+    "padded_positions", "pool", "relative_buckets", "rotary_from_hf", "rotary_table", "rotary_to_hf", "rotate",
+    "split",
 ]  # fmt: skip
