@@ -25,6 +25,7 @@ import optax
 from flax import nnx
 
 from jaxformers.compilation import enable_cache
+from jaxformers.mesh import constrained
 from jaxformers.train import placement
 from jaxformers.train.config import TrainConfig
 from jaxformers.train.flops import peak_flops
@@ -136,6 +137,8 @@ def fit(
     owners = dict(leaf_paths(params))
     optimizer = make_optimizer(config.optim, config.steps, trained, owners) if optimizer is None else optimizer
     mesh = placement.mesh_of(params) if mesh is None else mesh
+    if model is not None and mesh is not None:
+        apply = constrained(apply, mesh)
 
     # ---- place the state -------------------------------------------------------------------------------------------
     dtypes = {path: config.compute_dtype or x.dtype for path, x in trained.items()}
