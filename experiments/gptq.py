@@ -1,0 +1,192 @@
+"""GPTQ: how much of the quality that rounding to few bits costs does second-order compensation save?
+
+A small language model is trained, then quantised at 4, 3 and 2 bits by rounding to nearest (RTN) and by GPTQ: with one
+grid per output, in the order of decreasing activation, and with a grid per group of inputs. Perplexity on held-out text
+says what each costs.
+
+    python -m experiments.gptq                     # small: minutes on two CPU cores, three seeds
+    python -m experiments.gptq paper --model facebook/opt-125m --data c4.jsonl --test wiki.test.raw
+
+Data: `--data` text to train and calibrate on and `--test` text to evaluate on (.txt or a table with a column text, .gz
+allowed; default: wikitext2_small beside the repository, else the Python reference and the standard library's sources,
+whole files held out).
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+import jaxformers as jf
+from experiments import common
+from jaxformers import losses
+from jaxformers.compress.gptq import gptq
+from jaxformers.data import batches, text
+from jaxformers.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
+from jaxformers.evaluation import perplexity
+from jaxformers.models import llama
+from jaxformers.train import OptimConfig, TrainConfig, fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """`model`: a checkpoint to quantise; None trains a llama of the sizes below. `group`: inputs that share a grid."""
+
+    data: Path | None = None
+    test: Path | None = None
+    model: str | None = None
+    vocab: int = 1024
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    mlp: int = 384
+    length: int = 128
+    batch: int = 8
+    steps: int = 400
+    rate: float = 3e-3
+    bits: tuple[int, ...] = (4, 3, 2)
+    group: int = 32
+    samples: int = 64
+    windows: int | None = 200
+    seeds: int = 3
+
+
+PRESETS = {
+    "smoke": Config(width=64, heads=2, mlp=64, layers=1, steps=4, bits=(3,), samples=4, windows=4, length=32, seeds=1),
+    "small": Config(),
+    "paper": Config(model="facebook/opt-125m", length=2048, samples=128, windows=None, group=128, seeds=1),
+}
+
+
+def ways(config: Config) -> dict[str, dict[str, Any]]:
+    """The rows of the table: name and options of `gptq`."""
+    return {
+        "RTN": {"method": "rtn"},
+        "GPTQ": {},
+        "GPTQ, act-order": {"act_order": True, "true_sequential": True},
+        f"GPTQ, groups of {config.group}": {"group_size": config.group},
+    }
+
+
+def run(config: Config, out: Path) -> dict[str, Any]:
+    """One row for each seed, number of bits and way; written to `metrics.jsonl` as they come."""
+    train_text, test_text = corpus(config)
+    rows: list[dict[str, Any]] = []
+    for seed in range(config.seeds):
+        model, tokenizer = pretrained(config) if config.model is not None else trained(config, train_text, seed)
+        train_ids, test_ids = (
+            text.join_documents([tokenizer.encode(t) for t in texts], tokenizer.eos_id)
+            for texts in (train_text, test_text)
+        )
+        windows = text.windows(test_ids, config.length)[: config.windows]
+        calibration = text.random_windows(train_ids, config.samples, config.length, seed=seed)
+        dense = perplexity(model, windows, config.length)
+        record(out, rows, {"seed": seed, "bits": 32, "way": "dense", "perplexity": dense})
+        for bits in config.bits:
+            for way, options in ways(config).items():
+                small = gptq(model, calibration, bits=bits, **options)
+                found = perplexity(small, windows, config.length)
+                record(out, rows, {"seed": seed, "bits": bits, "way": way, "perplexity": found})
+        if seed == 0:
+            jf.save(gptq(model, calibration, bits=4, group_size=config.group), out / "model-4bit", tokenizer=tokenizer)
+    report(config, rows, out)
+    return {"rows": rows, "excess removed": removed(config, rows)}
+
+
+def record(out: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    rows.append(row)
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(common.plain(row)) + "\n")
+
+
+def corpus(config: Config) -> tuple[list[str], list[str]]:
+    """(texts to train and calibrate on, texts to evaluate on)."""
+    if (config.data is None) != (config.test is None):
+        raise ValueError("data, test: give both or neither")
+    if config.data is not None:
+        return read(config.data), read(config.test)
+    shared = common.shared_data("wikitext2_small")
+    if shared is not None:
+        return [text.read_text(shared / "valid.txt.gz")], [text.read_text(shared / "test.txt.gz")]
+    parts = [text.split_documents(d) for d in (text.english_text(), text.python_sources(1_000_000))]
+    return [t for part in parts for t in part[0].values()], [t for part in parts for t in part[1].values()]
+
+
+def read(path: Path) -> list[str]:
+    """A file's text, or the rows of a table."""
+    kind = [suffix for suffix in path.suffixes if suffix != ".gz"][-1:]
+    return text.read_texts(path) if kind and kind[0] in (".jsonl", ".csv", ".tsv") else [text.read_text(path)]
+
+
+def pretrained(config: Config) -> tuple[nnx.Module, Tokenizer]:
+    model = jf.load(config.model)
+    return model, load_tokenizer(model.source)
+
+
+def trained(config: Config, texts: list[str], seed: int) -> tuple[nnx.Module, Tokenizer]:
+    """A llama trained on ``texts`` from nothing, with a BPE vocabulary of theirs."""
+    tokenizer = train_bpe(texts, config.vocab, max_length=config.length)
+    ids = text.join_documents([tokenizer.encode(t) for t in texts], tokenizer.eos_id)
+    shape = llama.Config(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=config.width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=config.mlp,
+        max_position_embeddings=config.length,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+    )
+    model = jf.init(shape, head="causal_lm", key=jax.random.key(seed))
+    data = batches.token_batches(ids, config.length, config.batch, seed=seed)
+    optim = OptimConfig(learning_rate=config.rate, schedule="cosine", warmup=0.05, weight_decay=0.1)
+    settings = TrainConfig(steps=config.steps, optim=optim, scan_layers=True, log_every=max(1, config.steps // 10))
+
+    def next_token(apply: Any, params: Any, batch: Any, key: Any) -> tuple[jax.Array, dict[str, Any]]:
+        logits = apply(params, batch, rngs=key).logits
+        return losses.cross_entropy(logits[:, :-1], batch["input_ids"][:, 1:]), {}
+
+    return fit(next_token, model, data, settings, key=jax.random.key(seed)).model, tokenizer
+
+
+def removed(config: Config, rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """For each way and number of bits, the share of RTN's excess perplexity over dense that is gone, by seed."""
+    of = {(r["seed"], r["bits"], r["way"]): r["perplexity"] for r in rows}
+    shares: dict[str, list[float]] = {}
+    for (seed, bits, way), found in of.items():
+        if way in ("dense", "RTN"):
+            continue
+        dense, rtn = of[seed, 32, "dense"], of[seed, bits, "RTN"]
+        shares.setdefault(f"{way}, {bits} bits", []).append((rtn - found) / (rtn - dense))
+    return shares
+
+
+def report(config: Config, rows: list[dict[str, Any]], out: Path) -> None:
+    """The table (mean and deviation over seeds) and the figure."""
+    seen = lambda bits, way: [r["perplexity"] for r in rows if r["bits"] == bits and r["way"] == way]
+    dense = seen(32, "dense")
+    table = [{"way": "dense", **{f"{bits} bits": common.mean_std(dense) for bits in config.bits}}]
+    table += [
+        {"way": way, **{f"{bits} bits": common.mean_std(seen(bits, way)) for bits in config.bits}}
+        for way in ways(config)
+    ]
+    common.table("perplexity on held-out text", table)
+
+    def draw(fig: Any) -> None:
+        axis = fig.subplots()
+        axis.axhline(np.mean(dense), color="grey", linewidth=1, label="dense")
+        for way in ways(config):
+            found = [seen(bits, way) for bits in config.bits]
+            axis.errorbar(config.bits, np.mean(found, axis=1), np.std(found, axis=1), marker="o", capsize=3, label=way)
+        axis.set(xlabel="bits a weight", ylabel="perplexity on held-out text", yscale="log", xticks=config.bits)
+        axis.legend()
+
+    common.figure(out / "figure.png", draw)
+
+
+if __name__ == "__main__":
+    common.main("gptq", PRESETS, run)
