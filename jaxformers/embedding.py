@@ -157,7 +157,7 @@ def _batches(
     texts, pairs = zip(*part, strict=True) if paired else (part, None)
     arrays = tokenizer(texts, pairs, max_length=limit, padding_side="right")
     length = arrays["attention_mask"].sum(1)
-    buckets = np.array(length_buckets(max(limit or 0, int(length.max()), 1)))
+    buckets = np.array(length_buckets(max(limit or 0, int(length.max()), 1), smallest=8))
     widths = buckets[np.searchsorted(buckets, length)]
     order = np.argsort(-length, kind="stable")
     while len(order):

@@ -229,7 +229,7 @@ def test_bfloat16(model, tokenizer):
 def test_few_programs_are_compiled(model, tokenizer):
     embedding._forward.clear_cache()
     jf.embed(model, sentences(300, seed=5), tokenizer=tokenizer, batch_size=16)
-    assert embedding._forward._cache_size() <= 4 + 2  # buckets 16, 24, 32, 40; a last batch of fewer rows
+    assert embedding._forward._cache_size() <= 6 + 2  # buckets 8, 12, 16, 24, 32, 40; batches of fewer rows
     before = embedding._forward._cache_size()
     jf.embed(model, sentences(300, seed=6), tokenizer=tokenizer, batch_size=16)
     other = surgery.copy(model)
@@ -246,7 +246,7 @@ def test_long_and_short_texts_do_not_share_a_batch(model, tokenizer):
             sentences(9, longest=3) + [" ".join(WORDS * 3)], False, tokenizer, 40, 128, 1
         )
     ]
-    assert shapes == [(8, 40), (16, 16)]
+    assert shapes == [(8, 40), (16, 8)]
 
 
 def test_classifiers_and_pairs(tokenizer):
