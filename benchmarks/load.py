@@ -70,7 +70,7 @@ def read_bytes(directory: Path):
             with open(path, "rb", buffering=0) as file:
                 view, done = memoryview(buffer), 0
                 while done < len(buffer):
-                    done += file.readinto(view[done:])
+                    done += file.readinto(view[done : done + (8 << 20)])
             buffers.append(buffer)
         return buffers
 
@@ -183,16 +183,18 @@ def main() -> None:
             make(directory, layers, 5e9 if shards == 1 else size / SHARDS * 1.05)
             largest[shards] = max(path.stat().st_size for path in directory.glob("*.safetensors"))
         os.sync()
-        rows = []
-        for case, (_, shards, stays) in CASES.items():
-            runs = []
-            for _ in range(arguments.repeat):
+        runs: dict[str, list] = {case: [] for case in CASES}
+        for turn in range(arguments.repeat + 1):  # in turns, so that all see the same machine; the first one warms up
+            for case, (_, shards, _) in CASES.items():
                 command = [sys.executable, __file__, "--case", case, str(Path(place) / str(shards))]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode:
                     raise SystemExit(f"{case}: {done.stderr}")
-                runs.append(json.loads(done.stdout.splitlines()[-1]))
-            seconds, peak, anonymous = (statistics.median(values) for values in zip(*runs, strict=True))
+                if turn:
+                    runs[case].append(json.loads(done.stdout.splitlines()[-1]))
+        rows = []
+        for case, (_, shards, stays) in CASES.items():
+            seconds, peak, anonymous = (statistics.median(values) for values in zip(*runs[case], strict=True))
             bound = None if stays is None else 1.2 * largest[shards] + stays * size
             rows.append((case, seconds, peak, anonymous, bound))
             print(
@@ -211,8 +213,9 @@ def main() -> None:
         f"{arguments.gigabytes} --repeat {arguments.repeat}`.",
         "",
         f"A Llama of {layers} layers, {size / 1e9:.2f} GB in float32; the largest of the four shards has "
-        f"{largest[SHARDS] / 1e9:.2f} GB. Median of {arguments.repeat} processes each, file in the page cache. The "
-        "bound is 1.2 × the largest shard + what stays in memory.",
+        f"{largest[SHARDS] / 1e9:.2f} GB. Median of {arguments.repeat} processes each, taken in turns after one to "
+        f"warm up; file in the page cache; load average {os.getloadavg()[0]:.0f}. Bound: 1.2 × the largest shard + "
+        "what stays in memory.",
         "",
         "| | time (s) | against the bytes | peak resident (GB) | of it anonymous (GB) | bound (GB) |",
         "|---|---|---|---|---|---|",
