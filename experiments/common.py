@@ -81,7 +81,7 @@ def main(
         raise SystemExit(2) from error
     result["seconds"] = round(time.perf_counter() - began, 1)
     write_json_atomic(out / "result.json", plain(result))
-    Console().print(f"everything is in {out}", highlight=False)
+    Console().print(f"everything is in {out}", highlight=False, soft_wrap=True)
     return result
 
 

@@ -82,7 +82,7 @@ def test_nothing_of_torch_or_tensorflow_is_imported_anywhere():
 def test_a_missing_package_names_its_extra(extra, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=rf"pandas is not installed; .* pip install 'jaxformers\[{extra}\]'") as error:
-        extras.require("pandas.api", extra)
+        extras.require("pandas.not_imported_before", extra)
     assert error.value.name == "pandas"
 
 

@@ -186,13 +186,13 @@ def test_damping_grows_until_the_hessian_factorises():
 
 
 def test_one_compile_for_all_bits_and_no_python_loop_over_columns():
-    """The traced program does not grow with the number of columns."""
+    """Four times the columns: the loop stays one loop, only the inverse, which is split in halves, has two more levels."""
     counts = []
     for n in (256, 1024):
         kernel, H = jax.ShapeDtypeStruct((n, 64), jnp.float32), jax.ShapeDtypeStruct((n, n), jnp.float32)
         program = jax.make_jaxpr(lambda k, h: solve(k, h, grid=Grid(4), group_size=128))(kernel, H)
         counts.append(len(str(program).splitlines()))
-    assert counts[1] < counts[0] + 120  # the inverse is split once or twice more
+    assert counts[1] < 2 * counts[0]
     kernel, H = correlated(64, 8)
     solve(kernel, H, 0.01, grid=Grid(2), blocksize=64)
     before = solve._cache_size()
