@@ -186,7 +186,7 @@ def test_damping_grows_until_the_hessian_factorises():
 
 
 def test_one_compile_for_all_bits_and_no_python_loop_over_columns():
-    """Four times the columns: the loop stays one loop, only the inverse, which is split in halves, has two more levels."""
+    """Four times the columns: one loop still; only the inverse, which is split in halves, has two more levels."""
     counts = []
     for n in (256, 1024):
         kernel, H = jax.ShapeDtypeStruct((n, 64), jnp.float32), jax.ShapeDtypeStruct((n, n), jnp.float32)
