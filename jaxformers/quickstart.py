@@ -48,7 +48,7 @@ class Settings:
     mlp: int = 384
     length: int = 128
     batch: int = 8
-    steps: int = 400
+    steps: int = 700
     source_bytes: int = 1_200_000
     calibration: int = 32
     bits: tuple[int, ...] = (8, 4, 3, 2)
@@ -62,6 +62,7 @@ def run(out: Path, *, seed: int = 0, settings: Settings = Settings()) -> dict[st
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=100)
     console.rule("1 · pre-train")
     train_text, held_out = corpus(settings)
     model, tokenizer, train_ids, test_ids, history = pretrain(out, train_text, held_out, settings, seed)
@@ -212,7 +213,7 @@ def docstring_tables() -> tuple[list[str], list[str], list[int]]:
             borrowed = getattr(ours, "__module__", None) not in (module.__name__, None) and module is not str
             if theirs is None or borrowed or not callable(ours):
                 continue
-            one, other = _first_sentences(ours, name), _first_sentences(theirs, name)
+            one, other = _first_sentence(ours, name), _first_sentence(theirs, name)
             if one and other:
                 left.append(one)
                 if other not in right:
@@ -221,12 +222,12 @@ def docstring_tables() -> tuple[list[str], list[str], list[int]]:
     return left, right, truth
 
 
-def _first_sentences(function: Any, name: str) -> str:
-    """The first two sentences of a docstring without its signature, ``name`` removed."""
+def _first_sentence(function: Any, name: str) -> str:
+    """The first sentence of a docstring without its signature, ``name`` removed."""
     paragraphs = [" ".join(p.split()) for p in inspect.cleandoc(function.__doc__ or "").split("\n\n")]
     prose = [p for p in paragraphs if p and not re.match(r"^[\w.]*\(.*\)( -> .*)?$", p)]
-    sentences = re.split(r"(?<=[.!?])\s", " ".join(prose[:2]))[:2]
-    return " ".join(re.sub(rf"(?i)\b{re.escape(name)}\b", "", " ".join(sentences)).split())
+    sentence = re.split(r"(?<=[.!?])\s", prose[0])[0] if prose else ""
+    return " ".join(re.sub(rf"(?i)\b{re.escape(name)}\b", "", sentence).split())
 
 
 def link(console: Console) -> list[dict[str, Any]]:
@@ -264,8 +265,8 @@ def _accuracy(name: str, scores: np.ndarray, truth: list[int]) -> dict[str, Any]
 def show(console: Console, rows: list[dict[str, Any]], linked: list[dict[str, Any]]) -> None:
     """The one table."""
     table = Table(title="quickstart", title_justify="left")
-    for column in ("model", "perplexity", "bytes on disk", "tokens/s", "quantised in", "links right (accuracy@1)"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    for column in ("model", "perplexity", "bytes on disk", "tokens/s", "quantised in", "links, accuracy@1"):
+        table.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
     for r in rows:
         seconds = f"{r['seconds_to_quantise']} s" if r["bits"] < 32 else "–"
         table.add_row(
