@@ -293,7 +293,7 @@ def draw(path: Path, history: list[dict[str, Any]], rows: list[dict[str, Any]]) 
     for method in ("rtn", "gptq"):
         chosen = [r for r in rows if r["model"].startswith(method)]
         quality.plot([r["bits"] for r in chosen], [r["perplexity"] for r in chosen], "o-", label=method.upper())
-    quality.set(xlabel="bits a weight", ylabel="perplexity on held-out files", title="quantisation", yscale="log")
+    quality.set(xlabel="bits a weight", ylabel="perplexity on held-out files", title="quantisation")
     quality.set_xticks([r["bits"] for r in rows if r["bits"] < 32])
     quality.legend()
     figure.savefig(path, dpi=120)
