@@ -81,7 +81,7 @@ def load(
     sentence, chosen = None, head
     if head is None:
         sentence = resolve.sentence_settings(directory)
-        head = "sentence" if sentence is not None else _head_from_architectures(hf)
+        head = "sentence" if sentence is not None else _head_from_architectures(hf, arch)
     elif head == "sentence":
         sentence = resolve.sentence_settings(directory) or {"pooling": "mean"}
     head = None if head == NO_HEAD else head
@@ -91,10 +91,9 @@ def load(
     if hasattr(config, "pooler") and head in (None, "sentence") and not any("pooler" in name for name in checkpoint):
         config = dataclasses.replace(config, pooler=False)
     config = configs.replace(config, config_overrides)
-    if config.num_hidden_layers > len(checkpoint):  # before as many layers are built
-        raise CheckpointError(
-            f"{directory}: config.json asks for {config.num_hidden_layers} layers; there are {len(checkpoint)} tensors"
-        )
+    depth = getattr(config, "num_hidden_layers", 0)
+    if depth > len(checkpoint):  # before as many layers are built
+        raise CheckpointError(f"{directory}: config.json asks for {depth} layers; there are {len(checkpoint)} tensors")
     body_head = None if head == "sentence" else head
     model = nnx.eval_shape(lambda: arch.Model(config, head=body_head, rngs=Keys(0)))
     extra: dict[str, Any] = {}
@@ -119,7 +118,7 @@ def load(
     model = surgery.replay(model, hf.get("jaxformers"))
     model.source = str(directory)
 
-    prefixed = any(name.startswith(f"{arch.PREFIX}.") for name in checkpoint)
+    prefixed = arch.PREFIX and any(name.startswith(f"{arch.PREFIX}.") for name in checkpoint)
 
     def skip(name: str) -> bool:
         """Tensors that the caller has declined: other heads, and layers beyond an explicit num_hidden_layers."""
@@ -195,7 +194,7 @@ def config_json(model: nnx.Module) -> dict[str, Any]:
     old = hf.get("architectures") or []
     ours = arch.HEADS[model.head_name][0] if in_heads else arch.BASE_CLASS
     # one module may serve several model types (roberta, xlm-roberta, camembert): keep the checkpoint's own class
-    if not (len(old) == 1 and _head_from_class(old[0]) == (model.head_name if in_heads else None)):
+    if not (len(old) == 1 and _head_from_class(old[0], arch) == (model.head_name if in_heads else None)):
         hf["architectures"] = [resolve.class_name(ours, hf["model_type"])]
     dtypes = {np.dtype(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(model))}
     floats = {d for d in dtypes if jnp.issubdtype(d, jnp.floating)}
@@ -233,18 +232,23 @@ def _is_floating(dtype: Any) -> bool:
         return False
 
 
-def _head_from_class(name: str) -> str | None:
+def _head_from_class(name: str, arch: Any) -> str | None:
+    for head, (own, _) in arch.HEADS.items():
+        if name == own:
+            return head
+    if name == arch.BASE_CLASS:
+        return None
     for suffix, head in _HEAD_OF_CLASS:
         if name.endswith(suffix):
             return head
     raise ValueError(f"config.json: architectures names {show(name)}, whose head is not known; choose one with head=…")
 
 
-def _head_from_architectures(hf: Mapping[str, Any]) -> str | None:
+def _head_from_architectures(hf: Mapping[str, Any], arch: Any) -> str | None:
     names = hf.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("config.json: architectures must be a list of class names")
-    return _head_from_class(names[0]) if names else None
+    return _head_from_class(names[0], arch) if names else None
 
 
 def _check_head(head: str | None, arch: Any) -> None:

@@ -37,7 +37,7 @@ from jaxformers import hub, surgery, weights
 from jaxformers.compress.block import LayerReport, Settings
 from jaxformers.compress.sweep import sweep
 from jaxformers.data import text
-from jaxformers.models.keymap import all_keys, lookup
+from jaxformers.models.keymap import all_keys, lookup, prefix_of
 from jaxformers.weights.packed import PackedWeight
 from jaxformers.weights.ternary import TernaryWeight
 
@@ -203,7 +203,7 @@ def _recorded(
 def _name_in_file(model: nnx.Module, path: str) -> str:
     arch = hub.module_of(model.config)
     entry, _ = lookup(all_keys(arch, model.head_name), f"{path}.kernel")
-    return f"{arch.PREFIX}.{entry.name}" if model.head_name in arch.HEADS else entry.name
+    return prefix_of(arch, model.head_name) + entry.name
 
 
 def _innermost(kernel: Any) -> Any:

@@ -327,6 +327,6 @@ def _nothing_found(directory: Path) -> str:
             return (
                 f"{directory}: has a bare SentencePiece file ({name}), and no tokenizer.json. Convert it once, where "
                 'transformers and sentencepiece are installed: python -c "from transformers import AutoTokenizer; '
-                f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})\""
+                f'AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"'
             )
     return f"{directory}: no tokenizer here; looked for tokenizer.json, vocab.json with merges.txt, and vocab.txt"

@@ -369,5 +369,3 @@ def _checked(texts: Iterable[str]) -> Iterable[str]:
         if (problem := _culprit([text], None)) is not None:
             raise ValueError(f"texts: {problem.replace('item 0', f'item {i}', 1)}")
         yield text
-
-

@@ -1,7 +1,8 @@
 """Architectures, one a file: a frozen ``Config``, the modules, and the table of Hugging Face's names.
 
 Each module has ``Config``, ``Model``, ``KEYS`` and ``HEADS`` (parameter paths ↔ checkpoint names), ``PREFIX`` (under
-which a checkpoint with a head keeps the body), ``BASE_CLASS`` and ``IGNORED`` (buffers that carry no weights).
+which a checkpoint with a head keeps the body; may be empty), ``BASE_CLASS`` and ``IGNORED`` (buffers that carry no
+weights). ``RENAMED``, where there is one, lists (pattern, replacement): from other writers' names to those in KEYS.
 """
 
 import importlib

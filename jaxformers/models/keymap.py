@@ -1,8 +1,9 @@
 """How a parameter's path translates into the names of a Hugging Face checkpoint: data, one table per architecture.
 
 A table maps module paths (``{}`` = layer number) to Hugging Face's module names. Leaf names follow from the leaf:
-``kernel`` ↔ ``weight`` transposed, ``scale`` and ``embedding`` ↔ ``weight``, ``bias`` ↔ ``bias``. An entry may also
-name a single parameter (``head.bias``). Two things need more than a name, see :class:`HF`.
+``kernel`` ↔ ``weight`` transposed (of a convolution: (…, in, out) ↔ (out, in, …)), ``scale`` and ``embedding`` ↔
+``weight``, ``bias`` ↔ ``bias``, ``mean`` and ``var`` ↔ a batch norm's running ones. An entry may also name a single
+parameter (``head.bias``). Two things need more than a name, see :class:`HF`.
 """
 
 import dataclasses
@@ -10,7 +11,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+LEAVES = {
+    "kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias", "mean": "running_mean",
+    "var": "running_var",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +60,25 @@ def expected(keys: Keys, names: Iterable[str]) -> set[str]:
         patterns.append(re.escape(name).replace(r"\{\}", r"\d+") + r"(\.weight|\.bias)?")
     regex = re.compile("|".join(patterns)) if patterns else None
     return {name for name in names if regex is not None and regex.fullmatch(name)}
+
+
+def turned(kernel: Any) -> Any:
+    """A kernel (…, in, out) in torch's order (out, in, …); works on shapes too."""
+    order = (*range(len(kernel)),) if isinstance(kernel, tuple) else (*range(kernel.ndim),)
+    order = (*reversed(order[-2:]), *order[:-2])
+    return tuple(kernel[i] for i in order) if isinstance(kernel, tuple) else kernel.transpose(order)
+
+
+def turned_back(weight: Any) -> Any:
+    """The inverse of :func:`turned`."""
+    order = (*range(len(weight)),) if isinstance(weight, tuple) else (*range(weight.ndim),)
+    order = (*order[2:], *reversed(order[:2]))
+    return tuple(weight[i] for i in order) if isinstance(weight, tuple) else weight.transpose(order)
+
+
+def prefix_of(arch: Any, head: str | None) -> str:
+    """What stands before the names of the body's tensors in the checkpoint of a model with that head."""
+    return f"{arch.PREFIX}." if arch.PREFIX and head in arch.HEADS else ""
 
 
 def all_keys(arch: Any, head: str | None) -> dict[str, "str | HF"]:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxformers import paths, surgery, weights
 from jaxformers.mesh import sharding as sharding_of
-from jaxformers.models.keymap import HF, all_keys, expected, lookup, own_name
+from jaxformers.models.keymap import HF, all_keys, expected, lookup, own_name, turned, turned_back
 from jaxformers.nn.keys import Keys
 from jaxformers.safetensors_file import show
 from jaxformers.safetensors_io import Checkpoint, CheckpointError, LazyTensor
@@ -25,7 +25,9 @@ class Names:
         self.checkpoint, self.used = checkpoint, set()
         self.in_file: dict[str, str] = {}
         for name in checkpoint:
-            plain = name.removeprefix(arch.PREFIX + ".")
+            plain = name.removeprefix(f"{arch.PREFIX}.") if arch.PREFIX else name
+            for pattern, today in getattr(arch, "RENAMED", ()):  # layouts of older or newer writers
+                plain = re.sub(pattern, today, plain)
             for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
                 plain = plain.replace(old, new)
             if plain in self.in_file:
@@ -134,13 +136,13 @@ def _reader(names: Names, path: str, entry: HF, leaf_name: str, leaf: Any) -> Ca
         return None
     shape = tuple(tensor.shape)
     if is_kernel and not entry.conv1d:
-        shape = shape[::-1]
+        shape = turned_back(shape) if len(shape) >= 2 else shape
     if shape and entry.part[1] > 1:
         shape = (*shape[:-1], shape[-1] // entry.part[1])
     if shape != tuple(leaf.shape):
         raise ValueError(
             f"{entry.name}.{leaf_name} has shape {tuple(tensor.shape)}, but config.json asks for "
-            f"{tuple(leaf.shape[::-1] if is_kernel and not entry.conv1d else leaf.shape)}"
+            f"{turned(tuple(leaf.shape)) if is_kernel and not entry.conv1d else tuple(leaf.shape)}"
         )
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise ValueError(f"{entry.name}.{leaf_name} has dtype {tensor.dtype}, expected a floating-point one")

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from jaxformers import paths, weights
-from jaxformers.models.keymap import HF, all_keys, lookup, own_name
+from jaxformers.models.keymap import HF, all_keys, lookup, own_name, prefix_of, turned
 
 FUSED = {"weight", "bias", "qweight", "qzeros", "scales", "g_idx"}  # tensors that the parts of a fused layer share
 
@@ -14,7 +14,7 @@ FUSED = {"weight", "bias", "qweight", "qzeros", "scales", "g_idx"}  # tensors th
 def to_tensors(model: nnx.Module, arch: Any) -> tuple[list[tuple], dict[str, np.ndarray]]:
     """``[(name, shape, dtype, read)]`` for the checkpoint, and the tensors of a sentence head's Dense module."""
     keys = all_keys(arch, model.head_name)
-    prefix = f"{arch.PREFIX}." if model.head_name in arch.HEADS else ""
+    prefix = prefix_of(arch, model.head_name)
     dense: dict[str, np.ndarray] = {}
     fused: dict[str, dict[int, Any]] = {}
     tensors: list[tuple] = []
@@ -46,9 +46,8 @@ def _layer_tensors(path: str, entry: HF, leaf_name: str, leaf: Any) -> list[tupl
         if entry.conv1d and "weight" in found:
             found["weight"] = found["weight"].T
         return [(suffix, a.shape, a.dtype, lambda a=a: a) for suffix, a in found.items()]
-    turned = path.endswith(".kernel") and not entry.conv1d
-    shape = leaf.shape[::-1] if turned else leaf.shape
-    return [(leaf_name, shape, np.dtype(leaf.dtype), lambda: np.asarray(leaf).T if turned else np.asarray(leaf))]
+    torch_like = turned if path.endswith(".kernel") and not entry.conv1d else lambda a: a
+    return [(leaf_name, torch_like(tuple(leaf.shape)), np.dtype(leaf.dtype), lambda: torch_like(np.asarray(leaf)))]
 
 
 def _fused_tensors(name: str, leaf_kind: str, parts: list[tuple[HF, str, Any]]) -> list[tuple]:

@@ -17,7 +17,10 @@ from jaxformers.sites import site
 class Block(nnx.Module):
     """Attention and MLP with residual connections; sites ``input`` and ``output``.
 
-    ``prenorm`` (GPT-2, llama): ``x + f(norm(x))``; otherwise (BERT): ``norm(x + f(x))``.
+    ``prenorm`` (GPT-2, llama): ``x + f(norm(x))``; otherwise (BERT): ``norm(x + f(x))``. ``parallel`` (GPT-J,
+    GPT-NeoX; pre-norm only): attention and MLP read the same x, ``x + attention(norm(x)) + mlp(norm(x))``; without an
+    ``mlp_norm`` the MLP reads attention's. ``attention_scale`` and ``mlp_scale``: a factor per channel of what
+    each adds (LayerScale, arXiv 2103.17239). ``drop_path``: the rate at which a sequence skips a branch (arXiv 1603.09382).
     """
 
     def __init__(
@@ -25,15 +28,25 @@ class Block(nnx.Module):
         attention: nnx.Module,
         mlp: nnx.Module,
         attention_norm: nnx.Module,
-        mlp_norm: nnx.Module,
+        mlp_norm: nnx.Module | None,
         *,
         prenorm: bool,
+        parallel: bool = False,
+        layer_scale: float | None = None,
+        width: int | None = None,
         rate: float = 0.0,
+        drop_path: float = 0.0,
     ):
+        if parallel and not prenorm:
+            raise ValueError("block: parallel attention and MLP are for pre-norm blocks")
+        if layer_scale is not None and width is None:
+            raise ValueError("block: layer_scale needs the width")
         self.path = ""
-        self.prenorm, self.rate = prenorm, rate
+        self.prenorm, self.parallel, self.rate, self.drop_path = prenorm, parallel, rate, drop_path
         self.attention, self.attention_norm = attention, attention_norm
         self.mlp, self.mlp_norm = mlp, mlp_norm
+        self.attention_scale = None if layer_scale is None else nnx.Param(jnp.full(width, layer_scale))
+        self.mlp_scale = None if layer_scale is None else nnx.Param(jnp.full(width, layer_scale))
 
     def __call__(
         self,
@@ -47,14 +60,31 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "batch length width"], Any]:
         x = site(f"{self.path}.input", x)
         attention_key, drop1, drop2 = split(key, 3)
-        h = self.attention_norm(x) if self.prenorm else x
-        h, cache = self.attention(h, mask=mask, bias=bias, rotary=rotary, cache=cache, key=attention_key)
-        x = x + dropout(h, self.rate, drop1)
+        normed = self.attention_norm(x) if self.prenorm else x
+        h, cache = self.attention(normed, mask=mask, bias=bias, rotary=rotary, cache=cache, key=attention_key)
+        before, x = x, x + self._branch(h, self.attention_scale, drop1)
         x = x if self.prenorm else self.attention_norm(x)
-        h = self.mlp(self.mlp_norm(x) if self.prenorm else x)
-        x = x + dropout(h, self.rate, drop2)
+        if self.parallel:
+            h = self.mlp(normed if self.mlp_norm is None else self.mlp_norm(before))
+        else:
+            h = self.mlp(self.mlp_norm(x) if self.prenorm else x)
+        x = x + self._branch(h, self.mlp_scale, drop2)
         x = x if self.prenorm else self.mlp_norm(x)
         return site(f"{self.path}.output", x), cache
+
+    def _branch(self, h: Array, scale: nnx.Param | None, key: jax.Array | None) -> Array:
+        drop, path = (key, None) if self.drop_path == 0 else split(key, 2)
+        h = dropout(h, self.rate, drop)
+        h = h if scale is None else h * scale.get_value().astype(h.dtype)
+        return h if path is None else drop_path(h, self.drop_path, path)
+
+
+def drop_path(x: Float[Array, "batch *rest"], rate: float, key: jax.Array | None) -> Float[Array, "batch *rest"]:
+    """Zero whole rows with probability ``rate`` and scale the rest by 1/(1 − rate) (stochastic depth)."""
+    if key is None or rate == 0.0:
+        return x
+    kept = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+    return jnp.where(kept, x / (1.0 - rate), 0).astype(x.dtype)
 
 
 REMAT = {

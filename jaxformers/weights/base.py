@@ -64,4 +64,7 @@ def to_tensors(w: Any) -> dict[str, np.ndarray]:
 
 def from_tensors(w: Any, read: Read) -> Any:
     """The inverse of :func:`to_tensors`; ``w`` tells the kind and may be abstract."""
-    return w.from_tensors(read) if is_typed(w) else read("weight").T
+    if is_typed(w):
+        return w.from_tensors(read)
+    weight = read("weight")
+    return weight.transpose(*range(2, weight.ndim), 1, 0)  # of a convolution: (out, in, …) -> (…, in, out)

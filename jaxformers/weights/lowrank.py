@@ -77,9 +77,7 @@ def add_lora(
 
 def record_lora(model: nnx.Module, targets: list[str], rank: int, alpha: float) -> nnx.Module:
     """Note in ``model`` that the layers ``targets`` carry a low-rank update."""
-    return surgery.record(
-        model, "jaxformers.weights.lowrank:_abstract_lora", targets=targets, rank=rank, alpha=alpha
-    )
+    return surgery.record(model, "jaxformers.weights.lowrank:_abstract_lora", targets=targets, rank=rank, alpha=alpha)
 
 
 def _abstract_lora(model: nnx.Module, *, targets: list[str], rank: int, alpha: float) -> nnx.Module:

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from jaxformers import atomic, surgery
-from jaxformers.models.keymap import all_keys, lookup
+from jaxformers.models.keymap import all_keys, lookup, prefix_of
 from jaxformers.safetensors_file import SafetensorsFile, show
 from jaxformers.safetensors_io import CheckpointError, read_json, write_tensors
 from jaxformers.weights.lowrank import LowRank, record_lora
@@ -110,5 +110,5 @@ def _hf_name(model: Any, path: str, *, strict: bool = True) -> str:
         if strict:
             raise ValueError(f"model: {path} is no layer of its own in Hugging Face's model; PEFT has no name for it")
         return ""
-    prefix = f"{arch.PREFIX}." if model.head_name in arch.HEADS and lookup(arch.KEYS, f"{path}.kernel") else ""
+    prefix = prefix_of(arch, model.head_name) if lookup(arch.KEYS, f"{path}.kernel") else ""
     return prefix + found[0].name
