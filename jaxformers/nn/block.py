@@ -20,7 +20,8 @@ class Block(nnx.Module):
     ``prenorm`` (GPT-2, llama): ``x + f(norm(x))``; otherwise (BERT): ``norm(x + f(x))``. ``parallel`` (GPT-J,
     GPT-NeoX; pre-norm only): attention and MLP read the same x, ``x + attention(norm(x)) + mlp(norm(x))``; without an
     ``mlp_norm`` the MLP reads attention's. ``attention_scale`` and ``mlp_scale``: a factor per channel of what
-    each adds (LayerScale, arXiv 2103.17239). ``drop_path``: the rate at which a sequence skips a branch (arXiv 1603.09382).
+    each adds (LayerScale, arXiv 2103.17239). ``drop_path``: the rate at which a sequence skips a branch (stochastic
+    depth, arXiv 1603.09382).
     """
 
     def __init__(
