@@ -130,7 +130,11 @@ def mean_std(values: Iterable[float]) -> str:
     x = np.asarray(list(values), np.float64)
     if not x.size:
         return "–"
-    return f"{_cell(x.mean())} ± {_cell(x.std(ddof=1))}" if x.size > 1 else _cell(float(x[0]))
+    if x.size == 1:
+        return _cell(float(x[0]))
+    rounding = 1e-12 * np.abs(x).max()
+    mean, std = (0.0 if v <= rounding else v for v in (abs(x.mean()), x.std(ddof=1)))
+    return f"{_cell(float(np.copysign(mean, x.mean())) if mean else 0.0)} ± {_cell(float(std))}"
 
 
 def figure(path: str | Path, draw: Callable[[Any], None], *, size: tuple[float, float] = (6.4, 4.0)) -> Path:

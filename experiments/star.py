@@ -45,7 +45,7 @@ class Config:
     layers: int = 2
     width: int = 64
     heads: int = 4
-    dropout: float = 0.2
+    dropout: float = 0.1
     length: int = 256
     pool: str = "mean_linear"
     authors: int = 20
@@ -102,7 +102,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             c, rate = config, config.dropout
             size = bert.Config(
                 tokenizer.vocab_size, c.width, c.layers, c.heads, 4 * c.width, max_position_embeddings=c.length,
-                hidden_dropout_prob=rate, attention_probs_dropout_prob=0.0, pooler=False,
+                hidden_dropout_prob=rate, attention_probs_dropout_prob=rate, pooler=False,
             )  # fmt: skip
             backbone = jf.init(size, key=keys[0])
         else:

@@ -75,7 +75,7 @@ def distil(
     corpus: Any,
     out: str | Path | None = None,
     *,
-    key: Array,
+    key: jax.Array,
     config: MiniLMConfig = MiniLMConfig(),
     train: TrainConfig = PAPER,
     assistant: StudentConfig | str | None = None,
@@ -143,7 +143,7 @@ def distil(
     return Distilled(models["student"], models.get("assistant"), decision, history)
 
 
-def student_model(teacher: nnx.Module, student: StudentConfig | Any, key: Array) -> nnx.Module:
+def student_model(teacher: nnx.Module, student: StudentConfig | Any, key: jax.Array) -> nnx.Module:
     """A student for `teacher`, initialised as `student` says. Raises ValueError for sizes that cannot be."""
     if not isinstance(student, StudentConfig):
         return hub.init(student, key=key)
