@@ -42,7 +42,8 @@ from jaxformers.train import OptimConfig, TrainConfig, fit
 class Config:
     """`teacher`: a checkpoint; None trains one of the sizes below, with `heads` heads.
 
-    Lengths are in tokens, batches in rows. `with_probe_text`: the probe's training texts, without their labels, join the corpus.
+    Lengths are in tokens, batches in rows. `with_probe_text`: the probe's training texts, without their labels, join
+    the corpus.
     """
 
     teacher: str | None = "all-MiniLM-L6-v2"
