@@ -71,9 +71,7 @@ def test_heads(oracles):
     fresh = [jf.load(folder, head="masked_lm", key=jax.random.key(i)) for i in (0, 0, 1)]
     kernels = [np.asarray(model.head.dense.kernel.get_value()) for model in fresh]
     assert np.array_equal(kernels[0], kernels[1]) and not np.array_equal(kernels[0], kernels[2])
-    assert np.array_equal(
-        fresh[0].embeddings.token.embedding.get_value(), body.embeddings.token.embedding.get_value()
-    )
+    assert np.array_equal(fresh[0].embeddings.token.embedding.get_value(), body.embeddings.token.embedding.get_value())
     with pytest.raises(CheckpointError, match=r"classifier\.weight has shape \(3, 32\), but .* asks for \(5, 32\)"):
         jf.load(folder, num_labels=5, head="token_classification", key=jax.random.key(0))
     lm = oracles / "backbones" / "bert" / "mlm"

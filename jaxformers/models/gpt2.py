@@ -109,8 +109,7 @@ class GPT2(nnx.Module):
 
     def empty_cache(self, batch: int, slots: int) -> nn.Cache:
         """A cache for ``batch`` sequences of up to ``slots`` tokens, in the embeddings' dtype."""
-        dtype = self.embeddings.token.embedding.get_value().dtype
-        return nn.new_cache(self.layers.empty_cache(batch, slots, dtype), batch, slots)
+        return nn.empty_cache(self, batch, slots)
 
     def __call__(
         self,
@@ -124,21 +123,7 @@ class GPT2(nnx.Module):
         rngs: jax.Array | None = None,
     ) -> nn.Output:
         """Without ``position_ids`` the positions are the slots, as in Hugging Face, also when padded on the left."""
-        batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        nn.check_length(length, self.config.max_position_embeddings, cache if position_ids is None else None)
-        embed_key, layers_key, head_key = nn.split(rngs, 3)
-        mask, slots, cache = nn.causal_mask(batch, length, attention_mask, cache)
-        x = self.embeddings(
-            input_ids,
-            position_ids=slots if position_ids is None else position_ids,
-            inputs_embeds=inputs_embeds,
-            key=embed_key,
-        )
-        layer_caches = None if cache is None else cache.layers
-        h, layer_caches = self.layers(x, mask=mask, cache=layer_caches, key=layers_key)
-        cache = nn.advance(cache, layer_caches, length)
-        h = self.final_norm(h)
-        return nn.decoder_output(self, h, input_ids, attention_mask, cache, logits_to_keep, head_key)
+        return nn.decode(self, input_ids, attention_mask, position_ids, inputs_embeds, cache, logits_to_keep, rngs)
 
 
 Model = GPT2

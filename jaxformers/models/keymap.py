@@ -8,8 +8,10 @@ parameter (``head.bias``). Two things need more than a name, see :class:`HF`.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 LEAVES = {
     "kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias", "mean": "running_mean",
@@ -20,11 +22,20 @@ LEAVES = {
 @dataclasses.dataclass(frozen=True)
 class HF:
     """A module of the checkpoint. ``conv1d``: its weight is stored (in, out), as GPT-2's Conv1D does. ``part`` (i, n):
-    our module is the i-th of n equal slices of its outputs (a fused query/key/value projection)."""
+    our module is the i-th of n slices of its outputs (a fused query/key/value projection). The slices are equal and
+    follow each other, unless ``rows`` says which outputs belong to each: ``rows(config) -> n arrays of indices``."""
 
     name: str
     conv1d: bool = False
     part: tuple[int, int] = (0, 1)
+    rows: Callable[[Any], Sequence[np.ndarray]] | None = None
+
+    def outputs(self, config: Any, total: int) -> np.ndarray:
+        """Which of the ``total`` outputs of the fused layer are this part's."""
+        if self.rows is not None:
+            return self.rows(config)[self.part[0]]
+        i, n = self.part
+        return np.arange(i * (total // n), (i + 1) * (total // n))
 
 
 Keys = Mapping[str, "str | HF"]
@@ -60,6 +71,12 @@ def expected(keys: Keys, names: Iterable[str]) -> set[str]:
         patterns.append(re.escape(name).replace(r"\{\}", r"\d+") + r"(\.weight|\.bias)?")
     regex = re.compile("|".join(patterns)) if patterns else None
     return {name for name in names if regex is not None and regex.fullmatch(name)}
+
+
+def per_head(config: Any) -> list[np.ndarray]:
+    """Query, key and value rows of a fused layer that holds them head by head: (heads, 3, size)."""
+    size = config.hidden_size // config.num_attention_heads
+    return list(np.arange(3 * config.hidden_size).reshape(-1, 3, size).swapaxes(0, 1).reshape(3, -1))
 
 
 def turned(kernel: Any) -> Any:

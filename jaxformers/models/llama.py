@@ -44,13 +44,7 @@ class Config:
         return dataclasses.replace(config, rotary=nn.rotary_from_hf(dict(hf), config.head_size))
 
     def to_hf(self) -> dict[str, Any]:
-        hf = configs.to_hf(self, NAMES, "llama", skip=("rotary",))
-        said = {"rope_parameters", "rope_theta", "rope_scaling"} & set(hf)
-        if not said or nn.rotary_from_hf(hf, self.head_size) != self.rope:
-            hf = {name: value for name, value in hf.items() if name not in said}
-            hf["rope_parameters"] = nn.rotary_to_hf(self.rope)
-        hf["num_key_value_heads"] = self.num_key_value_heads or self.num_attention_heads
-        return hf
+        return to_hf(self, "llama")
 
     @property
     def head_size(self) -> int:
@@ -60,16 +54,40 @@ class Config:
     def rope(self) -> nn.Rotary:
         return self.rotary or nn.Rotary(self.head_size, trained_length=self.max_position_embeddings)
 
+    @property
+    def out_bias(self) -> bool:
+        return self.attention_bias
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        return (None,) * self.num_hidden_layers
+
+
+def to_hf(config: Any, model_type: str, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """``config.json`` of a llama or a descendant; the rotary settings in the words in which they were read."""
+    hf = configs.to_hf(config, NAMES, model_type, skip=("rotary", *skip))
+    said = {"rope_parameters", "rope_theta", "rope_scaling"} & set(hf)
+    read = type(config).from_hf(hf) if said else None
+    if read is None or read.rope != config.rope:
+        hf = {name: value for name, value in hf.items() if name not in said}
+        hf["rope_parameters"] = nn.rotary_to_hf(config.rope)
+        if config.rope.size != config.head_size:
+            hf["rope_parameters"]["partial_rotary_factor"] = config.rope.size / config.head_size
+    hf["num_key_value_heads"] = config.num_key_value_heads or config.num_attention_heads
+    return hf
+
 
 class Llama(nnx.Module):
-    """``embeddings`` → ``layers`` → ``final_norm`` → ``head``. Heads: causal_lm, sequence_ and token_classification."""
+    """A llama or a descendant: whoever's config has the fields and properties above (Mistral, Qwen2, GLM).
+
+    ``embeddings`` → ``layers`` → ``final_norm`` → ``head``. Heads: causal_lm, sequence_ and token_classification."""
 
     def __init__(self, config: Config, *, head: str | None = None, rngs: nnx.Rngs):
         self.path, self.source, self.surgery = "", None, ()
         self.config, self.head_name = config, head
         c, std = config, config.initializer_range
         self.embeddings = nn.Embeddings(c.vocab_size, c.hidden_size, std=std, rngs=rngs)
-        self.layers = nn.Layers([self._block(c, rngs) for _ in range(c.num_hidden_layers)])
+        self.layers = nn.Layers([self._block(c, c.windows[i], rngs) for i in range(c.num_hidden_layers)])
         self.final_norm = nn.RMSNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.head = nnx.data(None)
         if head == "causal_lm":
@@ -80,13 +98,16 @@ class Llama(nnx.Module):
             self.head = nn.ClassificationHead(c.hidden_size, c.num_labels, rate=rate, bias=tokens, std=std, rngs=rngs)
 
     @staticmethod
-    def _block(c: Config, rngs: nnx.Rngs) -> nn.Block:
+    def _block(c: Any, window: int | None, rngs: nnx.Rngs) -> nn.Block:
         attention = nn.Attention(
             c.hidden_size,
             c.num_attention_heads,
             kv_heads=c.num_key_value_heads,
             head_size=c.head_size,
             bias=c.attention_bias,
+            out_bias=c.out_bias,
+            interleaved=c.rope.interleaved,
+            window=window,
             rate=c.attention_probs_dropout_prob,
             std=c.initializer_range,
             rngs=rngs,
@@ -105,8 +126,7 @@ class Llama(nnx.Module):
 
     def empty_cache(self, batch: int, slots: int) -> nn.Cache:
         """A cache for ``batch`` sequences of up to ``slots`` tokens, in the embeddings' dtype."""
-        dtype = self.embeddings.token.embedding.get_value().dtype
-        return nn.new_cache(self.layers.empty_cache(batch, slots, dtype), batch, slots)
+        return nn.empty_cache(self, batch, slots)
 
     def __call__(
         self,
@@ -120,16 +140,7 @@ class Llama(nnx.Module):
         rngs: jax.Array | None = None,
     ) -> nn.Output:
         """Without ``position_ids`` the positions are the slots, as in Hugging Face, also when padded on the left."""
-        layers_key, head_key = nn.split(rngs, 2)
-        x = self.embeddings(input_ids, inputs_embeds=inputs_embeds)
-        batch, length, _ = x.shape
-        mask, slots, cache = nn.causal_mask(batch, length, attention_mask, cache)
-        rotary = nn.rotary_table(self.config.rope, slots if position_ids is None else position_ids)
-        layer_caches = None if cache is None else cache.layers
-        h, layer_caches = self.layers(x, mask=mask, rotary=rotary, cache=layer_caches, key=layers_key)
-        cache = nn.advance(cache, layer_caches, length)
-        h = self.final_norm(h)
-        return nn.decoder_output(self, h, input_ids, attention_mask, cache, logits_to_keep, head_key)
+        return nn.decode(self, input_ids, attention_mask, position_ids, inputs_embeds, cache, logits_to_keep, rngs)
 
 
 Model = Llama
@@ -147,10 +158,17 @@ KEYS = {
     "layers.{}.mlp_norm": "layers.{}.post_attention_layernorm",
     "final_norm": "norm",
 }
-HEADS = {
-    "causal_lm": ("LlamaForCausalLM", {"head.decoder": "lm_head"}),
-    "sequence_classification": ("LlamaForSequenceClassification", {"head.classifier": "score"}),
-    "token_classification": ("LlamaForTokenClassification", {"head.classifier": "score"}),
-}
+
+
+def heads(family: str) -> dict[str, tuple[str, dict[str, str]]]:
+    """The heads of a llama-like ``family`` and where its checkpoints keep them."""
+    return {
+        "causal_lm": (f"{family}ForCausalLM", {"head.decoder": "lm_head"}),
+        "sequence_classification": (f"{family}ForSequenceClassification", {"head.classifier": "score"}),
+        "token_classification": (f"{family}ForTokenClassification", {"head.classifier": "score"}),
+    }
+
+
+HEADS = heads("Llama")
 BASE_CLASS = "LlamaModel"
 IGNORED = (r".*rotary_emb\.inv_freq",)

@@ -21,8 +21,8 @@ from jaxformers.weights import gptq_format
 class Names:
     """The checkpoint's tensors by today's names without prefix; remembers which were asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, arch: Any):
-        self.checkpoint, self.used = checkpoint, set()
+    def __init__(self, checkpoint: Checkpoint, arch: Any, config: Any):
+        self.checkpoint, self.config, self.used = checkpoint, config, set()
         self.in_file: dict[str, str] = {}
         for name in checkpoint:
             plain = name.removeprefix(f"{arch.PREFIX}.") if arch.PREFIX else name
@@ -54,7 +54,7 @@ def expect_packed(model: nnx.Module, arch: Any, hf: Mapping[str, Any], checkpoin
     if not any(name.endswith(".qweight") for name in checkpoint) and "quantization_config" not in hf:
         return
     settings = gptq_format.read_config(checkpoint.directory, hf)
-    names, keys = Names(checkpoint, arch), all_keys(arch, model.head_name)
+    names, keys = Names(checkpoint, arch, model.config), all_keys(arch, model.head_name)
     for path, module in nnx.iter_modules(model):
         if not isinstance(getattr(module, "kernel", None), nnx.Variable):
             continue
@@ -76,7 +76,7 @@ def fill(
     skip: Callable[[str], bool],
     mapped: bool = False,
 ) -> nnx.Module:
-    names, keys = Names(checkpoint, arch), all_keys(arch, model.head_name)
+    names, keys = Names(checkpoint, arch, model.config), all_keys(arch, model.head_name)
     flat = paths.flatten(nnx.to_pure_dict(nnx.state(model)))
     plan: dict[str, Callable[[], Any]] = {path: lambda path=path: extra[path] for path in extra}
     missing, wrong = [], []
@@ -138,7 +138,7 @@ def _reader(names: Names, path: str, entry: HF, leaf_name: str, leaf: Any) -> Ca
     if is_kernel and not entry.conv1d:
         shape = turned_back(shape) if len(shape) >= 2 else shape
     if shape and entry.part[1] > 1:
-        shape = (*shape[:-1], shape[-1] // entry.part[1])
+        shape = (*shape[:-1], _part_width(names, entry, shape[-1]))
     if shape != tuple(leaf.shape):
         raise ValueError(
             f"{entry.name}.{leaf_name} has shape {tuple(tensor.shape)}, but config.json asks for "
@@ -148,6 +148,12 @@ def _reader(names: Names, path: str, entry: HF, leaf_name: str, leaf: Any) -> Ca
         raise ValueError(f"{entry.name}.{leaf_name} has dtype {tensor.dtype}, expected a floating-point one")
     read = _torch_like(names, entry)
     return (lambda: weights.from_tensors(leaf, read)) if is_kernel else (lambda: read(leaf_name))
+
+
+def _part_width(names: Names, entry: HF, total: int) -> int:
+    """How many outputs of a fused layer of ``total`` belong to ``entry``; 0 when the layer is too small."""
+    mine = entry.outputs(names.config, total)
+    return len(mine) if len(mine) and mine.max() < total else 0
 
 
 def _torch_like(names: Names, entry: HF) -> Callable[[str], np.ndarray | None]:
@@ -168,11 +174,21 @@ def _torch_like(names: Names, entry: HF) -> Callable[[str], np.ndarray | None]:
             array = array.T
         if n > 1 and suffix != "g_idx" and array.ndim:
             axis = 0 if suffix == "weight" else array.ndim - 1
-            width = array.shape[axis] // n
-            array = array[(slice(None),) * axis + (slice(i * width, (i + 1) * width),)]
+            array = _take(array, axis, entry, names.config, suffix)
         return array
 
     return read
+
+
+def _take(array: np.ndarray, axis: int, entry: HF, config: Any, suffix: str) -> np.ndarray:
+    """The part of a fused layer's array that belongs to ``entry``, along ``axis``."""
+    if entry.rows is None:
+        i, n = entry.part
+        width = array.shape[axis] // n  # a slice: a view of the file, and right for packed zero points too
+        return array[(slice(None),) * axis + (slice(i * width, (i + 1) * width),)]
+    if suffix == "qzeros":
+        raise ValueError("its parts are interleaved, which packed zero points do not allow to take apart")
+    return np.take(array, entry.outputs(config, array.shape[axis]), axis)
 
 
 def _place(path: str, value: Any, dtype: Any, mesh: jax.sharding.Mesh | None) -> Any:

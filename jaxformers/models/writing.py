@@ -36,7 +36,7 @@ def to_tensors(model: nnx.Module, arch: Any) -> tuple[list[tuple], dict[str, np.
         else:
             tensors += [(f"{name}.{s}", *rest) for s, *rest in _layer_tensors(path, entry, leaf_name, leaf)]
     for key, parts in fused.items():
-        tensors += _fused_tensors(*key.split("\n"), [parts[i] for i in sorted(parts)])
+        tensors += _fused_tensors(*key.split("\n"), [parts[i] for i in sorted(parts)], model.config)
     return tensors, dense
 
 
@@ -50,7 +50,7 @@ def _layer_tensors(path: str, entry: HF, leaf_name: str, leaf: Any) -> list[tupl
     return [(leaf_name, torch_like(tuple(leaf.shape)), np.dtype(leaf.dtype), lambda: torch_like(np.asarray(leaf)))]
 
 
-def _fused_tensors(name: str, leaf_kind: str, parts: list[tuple[HF, str, Any]]) -> list[tuple]:
+def _fused_tensors(name: str, leaf_kind: str, parts: list[tuple[HF, str, Any]], config: Any) -> list[tuple]:
     """Concatenate the outputs of layers that the checkpoint keeps as one.
 
     What only a typed weight has (a low-rank update, a mask) is stored under the number of its part:
@@ -77,8 +77,13 @@ def _fused_tensors(name: str, leaf_kind: str, parts: list[tuple[HF, str, Any]]) 
         axis = 0 if suffix == "weight" and not parts[0][0].conv1d else len(shape) - 1
         shape = (*shape[:axis], sum(of[suffix][0][axis] for of in shapes), *shape[axis + 1 :])
 
-        def join(suffix: str = suffix, axis: int = axis) -> np.ndarray:  # when its turn comes to be written
-            return np.concatenate([layer[suffix]() for layer in layers], axis=axis)
+        rows = parts[0][0].rows
+        if rows is not None and suffix == "qzeros":
+            raise ValueError(f"model: the parts of {name} are interleaved, which packed zero points do not allow")
+
+        def join(suffix: str = suffix, axis: int = axis, rows: Any = rows) -> np.ndarray:  # when it is to be written
+            whole = np.concatenate([layer[suffix]() for layer in layers], axis=axis)
+            return whole if rows is None else np.take(whole, np.argsort(np.concatenate(rows(config))), axis)
 
         out.append((f"{name}.{suffix}", shape, dtype, join))
     return out

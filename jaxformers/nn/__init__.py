@@ -5,6 +5,7 @@ from jaxformers.nn.attention import Attention, Mask, attend, causal_mask
 from jaxformers.nn.block import Block, Layers, drop_path
 from jaxformers.nn.cache import Cache, KeyValue, advance, new_cache
 from jaxformers.nn.conv import Conv
+from jaxformers.nn.decoder import decode, empty_cache
 from jaxformers.nn.dropout import dropout, split
 from jaxformers.nn.embeddings import Embeddings, check_length, padded_positions
 from jaxformers.nn.heads import (
@@ -26,9 +27,9 @@ from jaxformers.nn.positions import Rotary, relative_buckets, rotary_from_hf, ro
 
 __all__ = [
     "Adapter", "Attention", "Block", "Cache", "CausalLMHead", "ClassificationHead", "Conv", "Embed", "Embeddings",
-    "KeyValue", "Keys", "LayerNorm", "Layers", "Linear", "MLP", "Mask", "MaskedLMHead", "Output", "RMSNorm",
-    "Rotary", "SentenceHead", "activation", "add_adapters", "advance", "attend", "causal_mask", "check_length",
-    "decoder_output", "drop_path", "dropout", "encoder_output", "new_cache", "new_sentence_head", "normalize",
-    "padded_positions", "pool", "relative_buckets", "rotary_from_hf", "rotary_table", "rotary_to_hf", "rotate",
-    "split",
+    "KeyValue", "Keys", "LayerNorm", "Layers", "Linear", "MLP", "Mask", "MaskedLMHead", "Output", "RMSNorm", "Rotary",
+    "SentenceHead", "activation", "add_adapters", "advance", "attend", "causal_mask", "check_length", "decode",
+    "decoder_output", "drop_path", "dropout", "empty_cache", "encoder_output", "new_cache", "new_sentence_head",
+    "normalize", "padded_positions", "pool", "relative_buckets", "rotary_from_hf", "rotary_table", "rotary_to_hf",
+    "rotate", "split",
 ]  # fmt: skip

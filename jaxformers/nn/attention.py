@@ -126,6 +126,8 @@ def unnormalized_softmax(scores: Float[Array, "*batch keys"]) -> tuple[Float[Arr
 class Attention(nnx.Module):
     """Projections ``query``, ``key``, ``value``, ``out`` around :func:`attend`.
 
+    ``window``: this layer sees so many of the latest tokens only, itself included (a causal mask's window).
+
     Sites: ``scores`` (B, H, queries, keys) scaled, with bias, before the mask; ``probs``; ``context`` (B, L, H, size)
     before the output projection.
     """
@@ -138,10 +140,12 @@ class Attention(nnx.Module):
         kv_heads: int | None = None,
         head_size: int | None = None,
         bias: bool = True,
+        key_bias: bool | None = None,
         out_bias: bool | None = None,
         scale: float | None = None,
         rate: float = 0.0,
         interleaved: bool = False,
+        window: int | None = None,
         memory_width: int | None = None,
         std: float = 0.02,
         rngs: nnx.Rngs,
@@ -153,10 +157,11 @@ class Attention(nnx.Module):
             raise ValueError(f"attention: {heads} heads are not divisible by {kv_heads} key/value heads")
         self.path = ""
         self.heads, self.kv_heads, self.size = heads, kv_heads, head_size or width // heads
-        self.scale, self.rate, self.interleaved = scale, rate, interleaved
+        self.scale, self.rate, self.interleaved, self.window = scale, rate, interleaved, window
         source = width if memory_width is None else memory_width
         self.query = Linear(width, heads * self.size, bias=bias, std=std, rngs=rngs)
-        self.key = Linear(source, kv_heads * self.size, bias=bias, std=std, rngs=rngs)
+        key_bias = bias if key_bias is None else key_bias  # BEiT's keys have none: softmax would not see it
+        self.key = Linear(source, kv_heads * self.size, bias=key_bias, std=std, rngs=rngs)
         self.value = Linear(source, kv_heads * self.size, bias=bias, std=std, rngs=rngs)
         out_bias = bias if out_bias is None else out_bias
         self.out = Linear(heads * self.size, width, bias=out_bias, std=std, rngs=rngs)
@@ -188,6 +193,8 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.write(k, v, mask.start)
             k, v = cache.read(q.dtype)
+        if self.window is not None:
+            mask = dataclasses.replace(mask, window=self.window)
         (drop,) = split(key, 1)
         context = attend(q, k, v, mask=mask, bias=bias, scale=self.scale, path=self.path, rate=self.rate, key=drop)
         context = site(f"{self.path}.context", context)

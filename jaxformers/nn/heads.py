@@ -41,9 +41,11 @@ class MaskedLMHead(nnx.Module):
 class CausalLMHead(nnx.Module):
     """``h Eᵀ`` with the token embeddings E, or a ``decoder`` of its own when untied."""
 
-    def __init__(self, width: int, vocab: int, *, tied: bool, std: float, rngs: nnx.Rngs):
+    def __init__(self, width: int, vocab: int, *, tied: bool, bias: bool = False, std: float, rngs: nnx.Rngs):
+        if tied and bias:
+            raise ValueError("causal_lm head: a bias is for an untied decoder")
         self.path = ""
-        self.decoder = None if tied else Linear(width, vocab, bias=False, std=std, rngs=rngs)
+        self.decoder = None if tied else Linear(width, vocab, bias=bias, std=std, rngs=rngs)
 
     def __call__(self, h: Float[Array, "batch length width"], token: Embed) -> Float[Array, "batch length vocab"]:
         return token.attend(h) if self.decoder is None else self.decoder(h)

@@ -5,6 +5,7 @@ are drawn so large that no term is invisible. Needs torch and transformers (pip 
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,12 @@ GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions"
 OPT = {**SMALL, "ffn_dim": 24, "max_position_embeddings": 24, "word_embed_proj_dim": 16}
 LLAMA = {**ENCODER, "num_key_value_heads": 1, "max_position_embeddings": 64, "pad_token_id": 0}
 DISTIL = {"vocab_size": 40, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 24}
+NEOX = {**ENCODER, "rotary_pct": 0.5}
+NEO = {**SMALL, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 24, "window_size": 4,
+       "attention_types": [[["local", "global"], 1]]}  # fmt: skip
+NEO = {k: v for k, v in NEO.items() if k not in ("num_hidden_layers", "num_attention_heads")}
+GPTJ = {**GPT2, "rotary_dim": 4}
+GLM = {**LLAMA, "head_dim": 8}
 LABELS = {"num_labels": 3}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 10000.0}
 
@@ -49,6 +56,27 @@ VARIANTS = {
     "llama-yarn": ("LlamaForCausalLM", {**LLAMA, "rope_parameters": YARN}),
     "llama-sequence": ("LlamaForSequenceClassification", {**LLAMA, **LABELS}),
     "llama-tokens": ("LlamaForTokenClassification", {**LLAMA, **LABELS}),
+    "mistral-open": ("MistralForCausalLM", {**LLAMA, "sliding_window": None, "head_dim": 6}),
+    "mistral-sequence": ("MistralForSequenceClassification", {**LLAMA, **LABELS, "sliding_window": 4}),
+    "qwen2-sliding": (
+        "Qwen2ForCausalLM",
+        {**LLAMA, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "tie_word_embeddings": True},
+    ),
+    "qwen2-tokens": ("Qwen2ForTokenClassification", {**LLAMA, **LABELS}),
+    "glm-tied": ("GlmForCausalLM", {**GLM, "tie_word_embeddings": True, "attention_bias": False}),
+    "glm-sequence": ("GlmForSequenceClassification", {**GLM, **LABELS}),
+    "neox-serial": ("GPTNeoXForCausalLM", {**NEOX, "use_parallel_residual": False, "attention_bias": False}),
+    "neox-linear": ("GPTNeoXForCausalLM", {**NEOX, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+    "neox-sequence": ("GPTNeoXForSequenceClassification", {**NEOX, **LABELS, "pad_token_id": 0}),
+    "neox-tokens": ("GPTNeoXForTokenClassification", {**NEOX, **LABELS}),
+    "gptj-sequence": ("GPTJForSequenceClassification", {**GPTJ, **LABELS, "pad_token_id": 0, "n_inner": 20}),
+    "neo-wide": ("GPTNeoForCausalLM", {**NEO, "intermediate_size": 20, "tie_word_embeddings": False}),
+    "neo-sequence": ("GPTNeoForSequenceClassification", {**NEO, **LABELS, "pad_token_id": 0}),
+    "neo-tokens": ("GPTNeoForTokenClassification", {**NEO, **LABELS}),
+    "bigcode-mqa": ("GPTBigCodeForCausalLM", GPT2),
+    "bigcode-mha": ("GPTBigCodeForCausalLM", {**GPT2, "multi_query": False, "scale_attn_weights": False}),
+    "bigcode-sequence": ("GPTBigCodeForSequenceClassification", {**GPT2, **LABELS, "pad_token_id": 0}),
+    "bigcode-tokens": ("GPTBigCodeForTokenClassification", {**GPT2, **LABELS}),
 }
 
 
@@ -160,14 +188,16 @@ def positions() -> np.ndarray:
     return np.stack([np.arange(90), np.arange(90) + 7])
 
 
-def main() -> None:
-    for name in VARIANTS:
+def main(names: list[str]) -> None:
+    for name in names or VARIANTS:
         folder = ORACLES / "variants" / name
         model, inputs = build(name), batch(name)
         model.save_pretrained(folder)
         (folder / "generation_config.json").unlink(missing_ok=True)
         np.savez_compressed(folder / "io.npz", **inputs, **run(model, inputs))
         print(name, sum(file.stat().st_size for file in folder.iterdir()))
+    if names:
+        return
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 90, 2, HEAD)).astype(np.float32)
     arrays = {"positions": positions(), "x": x[:, :12], "short": np.arange(40)[None]}
@@ -184,4 +214,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -8,10 +8,13 @@ import jaxformers as jf
 from jaxformers.models.distilbert import sinusoids
 
 NAMES = (
-    "bert-base", "bert-mlm-untied", "bert-tokens", "camembert-mlm", "distilbert-mlm", "distilbert-mlm-untied",
-    "distilbert-tokens", "gpt2-inverse", "gpt2-sequence", "gpt2-tokens", "gpt2-unscaled", "llama-biased",
-    "llama-sequence", "llama-tokens", "llama-yarn", "mpnet-mlm", "mpnet-sequence", "mpnet-tokens", "opt-bare",
-    "opt-postnorm", "opt-sequence", "roberta-base", "roberta-mlm-untied", "roberta-tokens",
+    "bert-base", "bert-mlm-untied", "bert-tokens", "bigcode-mha", "bigcode-mqa", "bigcode-sequence", "bigcode-tokens",
+    "camembert-mlm", "distilbert-mlm", "distilbert-mlm-untied", "distilbert-tokens", "glm-sequence", "glm-tied",
+    "gpt2-inverse", "gpt2-sequence", "gpt2-tokens", "gpt2-unscaled", "gptj-sequence", "llama-biased",
+    "llama-sequence", "llama-tokens", "llama-yarn", "mistral-open", "mistral-sequence", "mpnet-mlm", "mpnet-sequence",
+    "mpnet-tokens", "neo-sequence", "neo-tokens", "neo-wide", "neox-linear", "neox-sequence", "neox-serial",
+    "neox-tokens", "opt-bare", "opt-postnorm", "opt-sequence", "qwen2-sliding", "qwen2-tokens", "roberta-base",
+    "roberta-mlm-untied", "roberta-tokens",
 )  # fmt: skip
 
 
