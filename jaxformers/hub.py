@@ -88,8 +88,13 @@ def load(
     _check_head(head, arch)
 
     config = arch.Config.from_hf(hf)
-    if hasattr(config, "pooler") and head in (None, "sentence") and not any("pooler" in name for name in checkpoint):
-        config = dataclasses.replace(config, pooler=False)
+    for part in ("pooler", "contact_head"):  # what some checkpoints leave out
+        if (
+            hasattr(config, part)
+            and not any(part in name for name in checkpoint)
+            and (part != "pooler" or head in (None, "sentence"))
+        ):
+            config = dataclasses.replace(config, **{part: False})
     config = configs.replace(config, config_overrides)
     depth = getattr(config, "num_hidden_layers", 0)
     if depth > len(checkpoint):  # before as many layers are built

@@ -14,7 +14,10 @@ from jaxformers.safetensors_file import show
 ARCHITECTURES = {
     "bert": "bert",
     "camembert": "roberta",
+    "deberta-v2": "deberta_v2",
     "distilbert": "distilbert",
+    "electra": "electra",
+    "esm": "esm",
     "glm": "glm",
     "gpt2": "gpt2",
     "gpt_bigcode": "gpt_bigcode",

@@ -18,7 +18,7 @@ def from_hf(cls: type[C], hf: Mapping[str, Any], names: Mapping[str, str], **com
     ``names`` maps a field to Hugging Face's key where they differ; ``computed`` fields win. The whole dict is kept in
     the field ``hf`` so that saving loses nothing. Raises ValueError naming the key whose value cannot be.
     """
-    values: dict[str, Any] = {"hf": json.dumps(dict(hf), sort_keys=True)}
+    values: dict[str, Any] = {"hf": kept(hf)}
     for field in dataclasses.fields(cls):
         key = names.get(field.name, field.name)
         if field.name == "hf" or hf.get(key) is None:
@@ -39,6 +39,11 @@ def from_hf(cls: type[C], hf: Mapping[str, Any], names: Mapping[str, str], **com
         if values.get(name, 1) == 0:
             raise ValueError(f"config.json: {names.get(name, name)} must be 1 or more, got 0")
     return cls(**values)
+
+
+def kept(hf: Mapping[str, Any]) -> str:
+    """A whole ``config.json`` dict as the field ``hf`` keeps it."""
+    return json.dumps(dict(hf), sort_keys=True)
 
 
 def _checked(key: str, field: dataclasses.Field, value: Any) -> Any:

@@ -220,7 +220,8 @@ def _fresh(model: nnx.Module, fresh: list[str], key: jax.Array) -> dict[str, Any
 def _unmapped(names: Names, arch: Any, skip: Callable[[str], bool]) -> list[str]:
     """Tensors nobody asked for, less buffers, other heads, and the all-zero biases that GPTQ writers add."""
     heads = {k: v for _, table in arch.HEADS.values() for k, v in table.items()}
-    other = expected({**heads, "pooler": arch.KEYS.get("pooler", "pooler")}, names.in_file)
+    optional = {part: arch.KEYS.get(part, part) for part in ("pooler", "contact_head")}
+    other = expected({**heads, **optional}, names.in_file)
     left = []
     for plain, name in names.in_file.items():
         if name in names.used or plain in other or skip(name) or any(re.fullmatch(p, plain) for p in arch.IGNORED):

@@ -15,7 +15,8 @@ from jaxformers.sites import site
 class Embeddings(nnx.Module):
     """Sum of the tables ``token``, ``position`` and ``token_type`` (each but the first optional), then ``norm``.
 
-    Where ``token_width`` differs from ``width`` the token rows pass through ``project`` first (OPT-350M).
+    Where ``token_width`` differs from ``width`` the token rows pass through ``project`` first (OPT-350M); where
+    ``out_width`` does, the result passes through ``widen`` (ELECTRA).
 
     Site ``embeddings``: the result (B, L, D).
     """
@@ -28,6 +29,7 @@ class Embeddings(nnx.Module):
         positions: int = 0,
         token_types: int = 0,
         token_width: int | None = None,
+        out_width: int | None = None,
         eps: float | None = None,
         rate: float = 0.0,
         std: float = 0.02,
@@ -41,6 +43,7 @@ class Embeddings(nnx.Module):
         self.position = Embed(positions, width, std=std, rngs=rngs) if positions else None
         self.token_type = Embed(token_types, width, std=std, rngs=rngs) if token_types else None
         self.norm = None if eps is None else LayerNorm(width, eps=eps)
+        self.widen = None if out_width in (None, width) else Linear(width, out_width, std=std, rngs=rngs)
 
     def __call__(
         self,
@@ -64,7 +67,8 @@ class Embeddings(nnx.Module):
             x = x + self.position(position_ids)
         if self.norm is not None:
             x = self.norm(x)
-        return site(self.path, dropout(x, self.rate, key))
+        x = dropout(x, self.rate, key)
+        return site(self.path, x if self.widen is None else self.widen(x))
 
 
 def check_length(length: int, positions: int, cache: Cache | None = None) -> None:

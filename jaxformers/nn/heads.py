@@ -20,14 +20,29 @@ from jaxformers.nn.pooling import normalize, pool
 
 
 class MaskedLMHead(nnx.Module):
-    """``norm(act(dense(h))) Eᵀ + bias`` with the token embeddings E, or a ``decoder`` with its own bias when untied."""
+    """``norm(act(dense(h))) Eᵀ + bias`` with the token embeddings E, or a ``decoder`` with its own bias when untied.
 
-    def __init__(self, width: int, vocab: int, *, act: str, eps: float, tied: bool, std: float, rngs: nnx.Rngs):
+    ``token_width``: the width of E where it is not the model's.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        vocab: int,
+        *,
+        act: str,
+        eps: float,
+        tied: bool,
+        token_width: int | None = None,
+        std: float,
+        rngs: nnx.Rngs,
+    ):
+        token_width = width if token_width is None else token_width
         self.path = ""
         self.act = act
-        self.dense = Linear(width, width, std=std, rngs=rngs)
-        self.norm = LayerNorm(width, eps=eps)
-        self.decoder = None if tied else Linear(width, vocab, std=std, rngs=rngs)
+        self.dense = Linear(width, token_width, std=std, rngs=rngs)
+        self.norm = LayerNorm(token_width, eps=eps)
+        self.decoder = None if tied else Linear(token_width, vocab, std=std, rngs=rngs)
         self.bias = nnx.Param(jnp.zeros(vocab)) if tied else None
 
     def __call__(self, h: Float[Array, "batch length width"], token: Embed) -> Float[Array, "batch length vocab"]:

@@ -24,6 +24,10 @@ NEO = {**SMALL, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 24, 
 NEO = {k: v for k, v in NEO.items() if k not in ("num_hidden_layers", "num_attention_heads")}
 GPTJ = {**GPT2, "rotary_dim": 4}
 GLM = {**LLAMA, "head_dim": 8}
+ELECTRA = {**ENCODER, "embedding_size": 8}
+ESM = {**ENCODER, "pad_token_id": 1, "mask_token_id": 5}
+DEBERTA = {**ENCODER, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+V3 = {**DEBERTA, "position_buckets": 4, "share_att_key": True, "norm_rel_ebd": "layer_norm"}
 LABELS = {"num_labels": 3}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 10000.0}
 
@@ -56,6 +60,31 @@ VARIANTS = {
     "llama-yarn": ("LlamaForCausalLM", {**LLAMA, "rope_parameters": YARN}),
     "llama-sequence": ("LlamaForSequenceClassification", {**LLAMA, **LABELS}),
     "llama-tokens": ("LlamaForTokenClassification", {**LLAMA, **LABELS}),
+    "electra-sequence": ("ElectraForSequenceClassification", {**ELECTRA, **LABELS}),
+    "electra-tokens": ("ElectraForTokenClassification", {**ELECTRA, **LABELS, "embedding_size": 16}),
+    "electra-mlm-untied": ("ElectraForMaskedLM", {**ELECTRA, "tie_word_embeddings": False, "hidden_act": "relu"}),
+    "esm-absolute": (
+        "EsmForMaskedLM",
+        {**ESM, "position_embedding_type": "absolute", "emb_layer_norm_before": True, "token_dropout": True},
+    ),
+    "esm-sequence": ("EsmForSequenceClassification", {**ESM, **LABELS, "position_embedding_type": "rotary"}),
+    "esm-tokens": ("EsmForTokenClassification", {**ESM, **LABELS, "position_embedding_type": "rotary"}),
+    "deberta-v3-mlm": ("DebertaV2ForMaskedLM", V3),
+    "deberta-v2-conv": ("DebertaV2Model", {**V3, "conv_kernel_size": 3, "conv_act": "gelu", "position_buckets": 6}),
+    "deberta-unshared": (
+        "DebertaV2ForMaskedLM",
+        {
+            **DEBERTA,
+            "position_biased_input": True,
+            "type_vocab_size": 2,
+            "embedding_size": 8,
+            "max_relative_positions": 5,
+            "layer_norm_eps": 1e-5,
+        },
+    ),
+    "deberta-new-mlm": ("DebertaV2ForMaskedLM", {**V3, "legacy": False, "pos_att_type": "c2p"}),
+    "deberta-sequence": ("DebertaV2ForSequenceClassification", {**V3, **LABELS, "pos_att_type": ["p2c"]}),
+    "deberta-tokens": ("DebertaV2ForTokenClassification", {**ENCODER, **LABELS, "position_biased_input": True}),
     "mistral-open": ("MistralForCausalLM", {**LLAMA, "sliding_window": None, "head_dim": 6}),
     "mistral-sequence": ("MistralForSequenceClassification", {**LLAMA, **LABELS, "sliding_window": 4}),
     "qwen2-sliding": (

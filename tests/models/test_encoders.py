@@ -21,6 +21,8 @@ FOLDERS = {
     "mpnet": 1e-4,
     "xlm-roberta": 1e-4,
     "xlm-roberta-mlm": 1e-4,
+    "electra": 1e-4,
+    "electra-generator": 1e-4,
 }
 LOGITS = 2e-5  # relative to the output's scale
 GRADIENTS = 1e-4  # likewise
@@ -48,7 +50,7 @@ def test_every_layer_and_output(case):
 def test_without_mask_or_token_types(case):
     model, expected, _ = case
     if "nomask_output" in expected:
-        out = run(model, {"input_ids": expected["input_ids"]})
+        out = run(model, {name: expected[name] for name in ("input_ids", "token_type_ids") if name in expected})
         found = out.last_hidden_state if out.logits is None else out.logits
         assert_close_scaled(found, expected["nomask_output"], LOGITS)
     if "logits_no_token_type" in expected:
