@@ -202,7 +202,7 @@ def _recorded(
 
 def _name_in_file(model: nnx.Module, path: str) -> str:
     arch = hub.module_of(model.config)
-    entry, _ = lookup(all_keys(arch, model.head_name), f"{path}.kernel")
+    entry, _ = lookup(all_keys(model, arch), f"{path}.kernel")
     return prefix_of(arch, model.head_name) + entry.name
 
 

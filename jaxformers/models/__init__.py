@@ -14,7 +14,11 @@ from jaxformers.safetensors_file import show
 ARCHITECTURES = {
     "bert": "bert",
     "camembert": "roberta",
+    "audio-spectrogram-transformer": "audio_spectrogram_transformer",
+    "beit": "beit",
     "deberta-v2": "deberta_v2",
+    "deit": "deit",
+    "dinov2": "dinov2",
     "distilbert": "distilbert",
     "electra": "electra",
     "esm": "esm",
@@ -30,6 +34,8 @@ ARCHITECTURES = {
     "opt": "opt",
     "qwen2": "qwen2",
     "roberta": "roberta",
+    "vit": "vit",
+    "vit_mae": "vit_mae",
     "xlm-roberta": "roberta",
 }
 

@@ -41,6 +41,26 @@ def from_hf(cls: type[C], hf: Mapping[str, Any], names: Mapping[str, str], **com
     return cls(**values)
 
 
+def pair(hf: Mapping[str, Any], name: str, default: int) -> tuple[int, int]:
+    """A size that ``config.json`` gives as one number or as (height, width). Raises ValueError for anything else."""
+    value = hf.get(name, default)
+    both = (value, value) if isinstance(value, int) else value
+    two = isinstance(both, list | tuple) and len(both) == 2
+    fits = two and all(isinstance(n, int) and 0 < n < 1 << 20 for n in both)
+    if not fits:
+        raise ValueError(f"config.json: {name} must be a number or (height, width), got {show(value)}")
+    return tuple(both)
+
+
+def put_pairs(hf: dict[str, Any], config: Any, *names: str) -> dict[str, Any]:
+    """``hf`` with the sizes ``names`` of ``config``, in the form in which they were read where they are the same."""
+    for name in names:
+        value = getattr(config, name)
+        if name not in hf or pair(hf, name, 1) != value:
+            hf[name] = value[0] if value[0] == value[1] else list(value)
+    return hf
+
+
 def kept(hf: Mapping[str, Any]) -> str:
     """A whole ``config.json`` dict as the field ``hf`` keeps it."""
     return json.dumps(dict(hf), sort_keys=True)

@@ -23,12 +23,14 @@ LEAVES = {
 class HF:
     """A module of the checkpoint. ``conv1d``: its weight is stored (in, out), as GPT-2's Conv1D does. ``part`` (i, n):
     our module is the i-th of n slices of its outputs (a fused query/key/value projection). The slices are equal and
-    follow each other, unless ``rows`` says which outputs belong to each: ``rows(config) -> n arrays of indices``."""
+    follow each other, unless ``rows`` says which outputs belong to each: ``rows(config) -> n arrays of indices``.
+    ``ones``: the tensor there has so many leading axes of length 1 (a class token, a position table)."""
 
     name: str
     conv1d: bool = False
     part: tuple[int, int] = (0, 1)
     rows: Callable[[Any], Sequence[np.ndarray]] | None = None
+    ones: int = 0
 
     def outputs(self, config: Any, total: int) -> np.ndarray:
         """Which of the ``total`` outputs of the fused layer are this part's."""
@@ -48,8 +50,9 @@ def lookup(keys: Keys, path: str) -> tuple[HF, str] | None:
     module, _, leaf = general.rpartition(".")
     if general in keys:
         entry = keys[general]
-        name, _, leaf_name = (entry if isinstance(entry, str) else entry.name).rpartition(".")
-        return HF(name.format(*numbers)), leaf_name
+        entry = HF(entry) if isinstance(entry, str) else entry
+        name, _, leaf_name = entry.name.rpartition(".")
+        return dataclasses.replace(entry, name=name.format(*numbers)), leaf_name
     if module in keys and leaf in LEAVES:
         entry = keys[module]
         entry = HF(entry) if isinstance(entry, str) else entry
@@ -98,6 +101,12 @@ def prefix_of(arch: Any, head: str | None) -> str:
     return f"{arch.PREFIX}." if arch.PREFIX and head in arch.HEADS else ""
 
 
-def all_keys(arch: Any, head: str | None) -> dict[str, "str | HF"]:
-    """The table of an architecture's body (names without prefix) and of its head."""
-    return {**arch.KEYS, **(arch.HEADS[head][1] if head in arch.HEADS else {})}
+def body_keys(arch: Any, config: Any) -> dict[str, "str | HF"]:
+    """The table of an architecture's body, names without prefix; ``arch.keys(config)`` adds what a config decides."""
+    return {**arch.KEYS, **(arch.keys(config) if hasattr(arch, "keys") else {})}
+
+
+def all_keys(model: Any, arch: Any) -> dict[str, "str | HF"]:
+    """The table of a model's body and of its head."""
+    head = arch.HEADS[model.head_name][1] if model.head_name in arch.HEADS else {}
+    return {**body_keys(arch, model.config), **head}

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxformers import paths, surgery, weights
 from jaxformers.mesh import sharding as sharding_of
 from jaxformers.models.keymap import HF, all_keys, expected, lookup, own_name, turned, turned_back
+from jaxformers.models.keymap import Keys as Keymap
 from jaxformers.nn.keys import Keys
 from jaxformers.safetensors_file import show
 from jaxformers.safetensors_io import Checkpoint, CheckpointError, LazyTensor
@@ -54,7 +55,7 @@ def expect_packed(model: nnx.Module, arch: Any, hf: Mapping[str, Any], checkpoin
     if not any(name.endswith(".qweight") for name in checkpoint) and "quantization_config" not in hf:
         return
     settings = gptq_format.read_config(checkpoint.directory, hf)
-    names, keys = Names(checkpoint, arch, model.config), all_keys(arch, model.head_name)
+    names, keys = Names(checkpoint, arch, model.config), all_keys(model, arch)
     for path, module in nnx.iter_modules(model):
         if not isinstance(getattr(module, "kernel", None), nnx.Variable):
             continue
@@ -76,7 +77,7 @@ def fill(
     skip: Callable[[str], bool],
     mapped: bool = False,
 ) -> nnx.Module:
-    names, keys = Names(checkpoint, arch, model.config), all_keys(arch, model.head_name)
+    names, keys = Names(checkpoint, arch, model.config), all_keys(model, arch)
     flat = paths.flatten(nnx.to_pure_dict(nnx.state(model)))
     plan: dict[str, Callable[[], Any]] = {path: lambda path=path: extra[path] for path in extra}
     missing, wrong = [], []
@@ -94,7 +95,7 @@ def fill(
             plan[path] = read
     fresh = [path for path in missing if path.startswith("head.")]
     if len(fresh) < len(missing):
-        lost = [_file_name(arch, model.head_name, path) for path in missing if path not in fresh]
+        lost = [_file_name(keys, path) for path in missing if path not in fresh]
         raise CheckpointError(f"{checkpoint.directory}: tensors missing: {_some(lost)}")
     if fresh and key is None:
         raise CheckpointError(
@@ -135,6 +136,8 @@ def _reader(names: Names, path: str, entry: HF, leaf_name: str, leaf: Any) -> Ca
     if tensor is None:
         return None
     shape = tuple(tensor.shape)
+    if entry.ones and shape[: entry.ones] == (1,) * entry.ones:
+        shape = shape[entry.ones :]
     if is_kernel and not entry.conv1d:
         shape = turned_back(shape) if len(shape) >= 2 else shape
     if shape and entry.part[1] > 1:
@@ -147,7 +150,9 @@ def _reader(names: Names, path: str, entry: HF, leaf_name: str, leaf: Any) -> Ca
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise ValueError(f"{entry.name}.{leaf_name} has dtype {tensor.dtype}, expected a floating-point one")
     read = _torch_like(names, entry)
-    return (lambda: weights.from_tensors(leaf, read)) if is_kernel else (lambda: read(leaf_name))
+    if is_kernel:
+        return lambda: weights.from_tensors(leaf, read)
+    return lambda: read(leaf_name).reshape(shape)
 
 
 def _part_width(names: Names, entry: HF, total: int) -> int:
@@ -233,8 +238,8 @@ def _unmapped(names: Names, arch: Any, skip: Callable[[str], bool]) -> list[str]
     return left
 
 
-def _file_name(arch: Any, head: str | None, path: str) -> str:
-    entry, leaf = lookup(all_keys(arch, head), path) or own_name(path)
+def _file_name(keys: Keymap, path: str) -> str:
+    entry, leaf = lookup(keys, path) or own_name(path)
     return f"{entry.name}.{leaf}"
 
 

@@ -6,14 +6,14 @@ import numpy as np
 from flax import nnx
 
 from jaxformers import paths, weights
-from jaxformers.models.keymap import HF, all_keys, lookup, own_name, prefix_of, turned
+from jaxformers.models.keymap import HF, all_keys, body_keys, lookup, own_name, prefix_of, turned
 
 FUSED = {"weight", "bias", "qweight", "qzeros", "scales", "g_idx"}  # tensors that the parts of a fused layer share
 
 
 def to_tensors(model: nnx.Module, arch: Any) -> tuple[list[tuple], dict[str, np.ndarray]]:
     """``[(name, shape, dtype, read)]`` for the checkpoint, and the tensors of a sentence head's Dense module."""
-    keys = all_keys(arch, model.head_name)
+    keys = all_keys(model, arch)
     prefix = prefix_of(arch, model.head_name)
     dense: dict[str, np.ndarray] = {}
     fused: dict[str, dict[int, Any]] = {}
@@ -29,7 +29,7 @@ def to_tensors(model: nnx.Module, arch: Any) -> tuple[list[tuple], dict[str, np.
         if found is None:
             raise ValueError(f"model: parameter {path} has no name in the Hugging Face layout")
         entry, leaf_name = found
-        body = found == lookup(arch.KEYS, path)
+        body = found == lookup(body_keys(arch, model.config), path)
         name = f"{prefix if body else ''}{entry.name}"
         if entry.part[1] > 1:
             fused.setdefault(f"{name}\n{path.rpartition('.')[2]}", {})[entry.part[0]] = (entry, leaf_name, leaf)
@@ -46,8 +46,10 @@ def _layer_tensors(path: str, entry: HF, leaf_name: str, leaf: Any) -> list[tupl
         if entry.conv1d and "weight" in found:
             found["weight"] = found["weight"].T
         return [(suffix, a.shape, a.dtype, lambda a=a: a) for suffix, a in found.items()]
-    torch_like = turned if path.endswith(".kernel") and not entry.conv1d else lambda a: a
-    return [(leaf_name, torch_like(tuple(leaf.shape)), np.dtype(leaf.dtype), lambda: torch_like(np.asarray(leaf)))]
+    shape = (1,) * entry.ones + tuple(leaf.shape)
+    if path.endswith(".kernel") and not entry.conv1d:
+        return [(leaf_name, turned(shape), np.dtype(leaf.dtype), lambda: turned(np.asarray(leaf)))]
+    return [(leaf_name, shape, np.dtype(leaf.dtype), lambda: np.asarray(leaf).reshape(shape))]
 
 
 def _fused_tensors(name: str, leaf_kind: str, parts: list[tuple[HF, str, Any]], config: Any) -> list[tuple]:

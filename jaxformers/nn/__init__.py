@@ -24,8 +24,17 @@ from jaxformers.nn.norms import LayerNorm, RMSNorm
 from jaxformers.nn.output import Output
 from jaxformers.nn.pooling import normalize, pool
 from jaxformers.nn.positions import Rotary, relative_buckets, rotary_from_hf, rotary_table, rotary_to_hf, rotate
+from jaxformers.nn.vision import (
+    GridBias,
+    ImageEmbeddings,
+    drop_path_rates,
+    offsets,
+    pixel_shuffle,
+    resize,
+)
 
 __all__ = [
+    "GridBias", "ImageEmbeddings", "drop_path_rates", "offsets", "pixel_shuffle", "resize",
     "Adapter", "Attention", "Block", "Cache", "CausalLMHead", "ClassificationHead", "Conv", "Embed", "Embeddings",
     "KeyValue", "Keys", "LayerNorm", "Layers", "Linear", "MLP", "Mask", "MaskedLMHead", "Output", "RMSNorm", "Rotary",
     "SentenceHead", "activation", "add_adapters", "advance", "attend", "causal_mask", "check_length", "decode",

@@ -126,6 +126,7 @@ def unnormalized_softmax(scores: Float[Array, "*batch keys"]) -> tuple[Float[Arr
 class Attention(nnx.Module):
     """Projections ``query``, ``key``, ``value``, ``out`` around :func:`attend`.
 
+    ``relative``: a module that gives this layer's own bias for a ``grid`` (rows, columns) of patches.
     ``window``: this layer sees so many of the latest tokens only, itself included (a causal mask's window).
 
     Sites: ``scores`` (B, H, queries, keys) scaled, with bias, before the mask; ``probs``; ``context`` (B, L, H, size)
@@ -147,6 +148,7 @@ class Attention(nnx.Module):
         interleaved: bool = False,
         window: int | None = None,
         memory_width: int | None = None,
+        relative: nnx.Module | None = None,
         std: float = 0.02,
         rngs: nnx.Rngs,
     ):
@@ -158,6 +160,7 @@ class Attention(nnx.Module):
         self.path = ""
         self.heads, self.kv_heads, self.size = heads, kv_heads, head_size or width // heads
         self.scale, self.rate, self.interleaved, self.window = scale, rate, interleaved, window
+        self.relative = relative if relative is not None else nnx.data(None)
         source = width if memory_width is None else memory_width
         self.query = Linear(width, heads * self.size, bias=bias, std=std, rngs=rngs)
         key_bias = bias if key_bias is None else key_bias  # BEiT's keys have none: softmax would not see it
@@ -180,6 +183,7 @@ class Attention(nnx.Module):
         rotary: tuple[jax.Array, jax.Array] | None = None,
         cache: KeyValue | None = None,
         memory: Float[Array, "batch keys memory_width"] | None = None,
+        grid: tuple[int, int] | None = None,
         key: jax.Array | None = None,
     ) -> tuple[Float[Array, "batch length width"], KeyValue | None]:
         """Attend from ``x`` to itself, to ``cache`` (after writing to it at slot ``mask.start``), or to ``memory``."""
@@ -193,6 +197,8 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.write(k, v, mask.start)
             k, v = cache.read(q.dtype)
+        if self.relative is not None:
+            bias = self.relative(grid) if bias is None else bias + self.relative(grid)
         if self.window is not None:
             mask = dataclasses.replace(mask, window=self.window)
         (drop,) = split(key, 1)

@@ -58,11 +58,14 @@ class Block(nnx.Module):
         rotary: tuple[jax.Array, jax.Array] | None = None,
         cache: Any = None,
         key: jax.Array | None = None,
+        **context: Any,
     ) -> tuple[Float[Array, "batch length width"], Any]:
+        """``context`` is whatever else this model's attention takes."""
         x = site(f"{self.path}.input", x)
         attention_key, drop1, drop2 = split(key, 3)
         normed = self.attention_norm(x) if self.prenorm else x
-        h, cache = self.attention(normed, mask=mask, bias=bias, rotary=rotary, cache=cache, key=attention_key)
+        context |= {"mask": mask, "bias": bias, "rotary": rotary}
+        h, cache = self.attention(normed, cache=cache, key=attention_key, **context)
         before, x = x, x + self._branch(h, self.attention_scale, drop1)
         x = x if self.prenorm else self.attention_norm(x)
         if self.parallel:

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from jaxformers import atomic, surgery
-from jaxformers.models.keymap import all_keys, lookup, prefix_of
+from jaxformers.models.keymap import all_keys, body_keys, lookup, prefix_of
 from jaxformers.safetensors_file import SafetensorsFile, show
 from jaxformers.safetensors_io import CheckpointError, read_json, write_tensors
 from jaxformers.weights.lowrank import LowRank, record_lora
@@ -105,10 +105,10 @@ def _hf_name(model: Any, path: str, *, strict: bool = True) -> str:
     from jaxformers import hub
 
     arch = hub.module_of(model.config)
-    found = lookup(all_keys(arch, model.head_name), f"{path}.kernel")
+    found = lookup(all_keys(model, arch), f"{path}.kernel")
     if found is None or found[0].part[1] > 1:
         if strict:
             raise ValueError(f"model: {path} is no layer of its own in Hugging Face's model; PEFT has no name for it")
         return ""
-    prefix = prefix_of(arch, model.head_name) if lookup(arch.KEYS, f"{path}.kernel") else ""
+    prefix = prefix_of(arch, model.head_name) if lookup(body_keys(arch, model.config), f"{path}.kernel") else ""
     return prefix + found[0].name
