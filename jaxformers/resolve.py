@@ -50,7 +50,10 @@ def find(path_or_id: str) -> Path:
     hub = require("huggingface_hub", "data")
     hub_id = f"sentence-transformers/{name}" if name in PACKAGED else path_or_id
     try:
-        return Path(hub.snapshot_download(hub_id, allow_patterns=list(_WANTED), etag_timeout=5))
+        found = Path(hub.snapshot_download(hub_id, allow_patterns=list(_WANTED), etag_timeout=5))
+        if not any(found.rglob("*.safetensors")):  # a repository from the days of transformers' Flax classes
+            found = Path(hub.snapshot_download(hub_id, allow_patterns=[*_WANTED, "flax_model*"], etag_timeout=5))
+        return found
     except Exception as error:  # the hub client's errors have no common base
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

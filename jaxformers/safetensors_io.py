@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from jaxformers.atomic import json_bytes, replace_directory
+from jaxformers.flax_checkpoint import FlaxFile, flax_files
 from jaxformers.safetensors_file import (
     CheckpointError,
     LazyTensor,
@@ -35,14 +36,14 @@ __all__ = [
 class Checkpoint(Mapping[str, LazyTensor]):
     """All tensors of a checkpoint directory by name. `.directory`, `.files` (shards), `.metadata` (of the first)."""
 
-    def __init__(self, directory: Path, files: list[SafetensorsFile]):
+    def __init__(self, directory: Path, files: list[SafetensorsFile] | list[FlaxFile]):
         self.directory, self.files = directory, files
         self.metadata = files[0].metadata if files else {}
         self._tensors: dict[str, LazyTensor] = {}
         for file in files:
             for name, tensor in file.items():
                 if name in self._tensors:
-                    other = self._tensors[name].file.path.name
+                    other = next(f.path.name for f in files if name in f)
                     raise CheckpointError(f"{directory}: tensor {show(name)} is in both {other} and {file.path.name}")
                 self._tensors[name] = tensor
 
@@ -69,7 +70,8 @@ def open_checkpoint(directory: str | os.PathLike, *, check_finite: bool = False)
     """Opens the safetensors checkpoint in `directory`: one file or shards with an index; reads headers only.
 
     Looked for in this order: `model.safetensors`, `model.safetensors.index.json`, the file that `quantize_config.json`
-    (or `quantization_config` in `config.json`) calls `model_file_base_name`, the only `*.safetensors`.
+    (or `quantization_config` in `config.json`) calls `model_file_base_name`, the only `*.safetensors`; then what
+    `transformers` 4 saved from its Flax classes, `flax_model.msgpack` or its shards (read whole).
     Raises CheckpointError, naming file and reason, for whatever is missing, malformed, ambiguous or points elsewhere.
     """
     directory = Path(directory)
@@ -92,6 +94,8 @@ def open_checkpoint(directory: str | os.PathLike, *, check_finite: bool = False)
     if found:
         names = ", ".join(path.name for path in found[:5])
         raise CheckpointError(f"{directory}: several safetensors files ({names}), none called model, and no index")
+    if flax := flax_files(directory, check_finite=check_finite):
+        return Checkpoint(directory, flax)
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern))
     if pickles:
         raise CheckpointError(
