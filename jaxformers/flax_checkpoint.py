@@ -1,12 +1,12 @@
 """Weights that `transformers` 4 saved from its Flax classes: `flax_model.msgpack`, whole or in shards.
 
-The file is a nested dict under Flax's names. Every leaf has one name and one layout in a torch checkpoint, the same rule
-for all architectures, so that the tables of :mod:`jaxformers.models` serve these files too:
+The file is a nested dict under Flax's names. Every leaf has one name and one layout in a torch checkpoint, by the same
+rule for all architectures, so that the tables of :mod:`jaxformers.models` serve these files too:
 
-    bert/encoder/layer/0/attention/self/query/kernel (in, out)  ->  bert.encoder.layer.0.attention.self.query.weight (out, in)
-    embeddings/LayerNorm/scale, word_embeddings/embedding       ->  .weight
-    batch_stats/…/mean, batch_stats/…/var                       ->  .running_mean, .running_var
-    a convolution's kernel (height, width, in, out)             ->  .weight (out, in, height, width)
+    encoder/layer/0/attention/self/query/kernel (in, out)  ->  encoder.layer.0.attention.self.query.weight (out, in)
+    embeddings/LayerNorm/scale, word_embeddings/embedding  ->  .weight
+    batch_stats/…/mean, batch_stats/…/var                  ->  .running_mean, .running_var
+    a convolution's kernel (height, width, in, out)        ->  .weight (out, in, height, width)
 """
 
 import os
@@ -126,7 +126,8 @@ def _leaves(tree: Any, parts: tuple[str, ...], path: Path) -> Iterator[tuple[tup
     elif isinstance(tree, np.ndarray) and tree.dtype.kind in "biufV":
         yield parts, tree
     else:
-        raise CheckpointError(f"{path}: {show('/'.join(parts) or 'the file')} is no array; expected nested dicts of them")
+        where = show("/".join(parts) or "the file")
+        raise CheckpointError(f"{path}: {where} is no array; expected nested dicts of arrays")
 
 
 def _torch(parts: tuple[str, ...], array: np.ndarray) -> tuple[str, np.ndarray]:

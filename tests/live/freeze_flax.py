@@ -1,5 +1,5 @@
-"""Makes tests/oracles/flax: what transformers 4's Flax classes saved and answered. They are gone from version 5, so this
-runs in an environment of its own: `pip install transformers==4.53.3 jax==0.4.38 jaxlib==0.4.38 flax==0.10.2`, then
+"""Makes tests/oracles/flax: what transformers 4's Flax classes saved and answered. Version 5 has none, so this runs in
+an environment of its own: `pip install transformers==4.53.3 jax==0.4.38 jaxlib==0.4.38 flax==0.10.2`, then
 
     python tests/live/freeze_flax.py tests/oracles/flax
 """
@@ -26,8 +26,10 @@ def main(out: Path) -> None:
     mask[1, 6:] = 0
     text = {"input_ids": ids, "attention_mask": mask}
     bert = tf.BertConfig(vocab_size=96, max_position_embeddings=32, **SMALL)
-    gpt2 = tf.GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
-    t5 = tf.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+    gpt2 = tf.GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=2, n_head=4, eos_token_id=2)
+    t5 = tf.T5Config(
+        vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+    )
     vit = tf.ViTConfig(image_size=16, patch_size=8, num_labels=3, **SMALL)
     image = {"pixel_values": rng.standard_normal((2, 3, 16, 16)).astype(np.float32)}
     cases = [
@@ -43,7 +45,8 @@ def main(out: Path) -> None:
         arrays = dict(batch)
         for key in ("logits", "last_hidden_state", "pooler_output", "hidden_states", "attentions"):
             if outputs.get(key) is not None:
-                arrays[key] = np.asarray(outputs[key]) if not isinstance(outputs[key], tuple) else np.stack(outputs[key])
+                value = outputs[key]
+                arrays[key] = np.stack(value) if isinstance(value, tuple) else np.asarray(value)
         if name == "gpt2":
             arrays["greedy"] = np.asarray(model.generate(ids[:1], max_length=14, do_sample=False).sequences)
         model.save_pretrained(out / name, **how)
