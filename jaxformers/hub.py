@@ -96,7 +96,7 @@ def load(
         ):
             config = dataclasses.replace(config, **{part: False})
     config = configs.replace(config, config_overrides)
-    depth = getattr(config, "num_hidden_layers", 0)
+    depth = configs.depth(config)
     if depth > len(checkpoint):  # before as many layers are built
         raise CheckpointError(f"{directory}: config.json asks for {depth} layers; there are {len(checkpoint)} tensors")
     body_head = None if head == "sentence" else head

@@ -2,7 +2,8 @@
 
 Each module has ``Config``, ``Model``, ``KEYS`` and ``HEADS`` (parameter paths ↔ checkpoint names), ``PREFIX`` (under
 which a checkpoint with a head keeps the body; may be empty), ``BASE_CLASS`` and ``IGNORED`` (buffers that carry no
-weights). ``RENAMED``, where there is one, lists (pattern, replacement): from other writers' names to those in KEYS.
+weights). ``RENAMED``, where there is one, lists (pattern, replacement): from other writers' names to those in KEYS;
+``OPTIONAL`` names the model's parts that only some heads have; ``keys(config)`` adds to KEYS what a config decides.
 """
 
 import importlib
@@ -16,6 +17,9 @@ ARCHITECTURES = {
     "camembert": "roberta",
     "audio-spectrogram-transformer": "audio_spectrogram_transformer",
     "beit": "beit",
+    "clip": "clip",
+    "clip_text_model": "clip_text",
+    "clip_vision_model": "clip_vision",
     "deberta-v2": "deberta_v2",
     "deit": "deit",
     "dinov2": "dinov2",

@@ -61,6 +61,21 @@ def put_pairs(hf: dict[str, Any], config: Any, *names: str) -> dict[str, Any]:
     return hf
 
 
+def section(hf: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The settings of a part of a model; ``{}`` where ``config.json`` has none. Raises ValueError for no dict."""
+    value = hf.get(name)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"config.json: {name} must hold the settings of a model, got {show(value)}")
+    return dict(value or {})
+
+
+def depth(config: Any) -> int:
+    """How many layers ``config`` asks for, those of its parts' configs included."""
+    parts = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    own = getattr(config, "num_hidden_layers", 0) or 0
+    return own + sum(depth(part) for part in parts if dataclasses.is_dataclass(part))
+
+
 def kept(hf: Mapping[str, Any]) -> str:
     """A whole ``config.json`` dict as the field ``hf`` keeps it."""
     return json.dumps(dict(hf), sort_keys=True)

@@ -60,6 +60,31 @@ def lookup(keys: Keys, path: str) -> tuple[HF, str] | None:
     return None
 
 
+def nested(keys: Keys, own: str, theirs: str) -> dict[str, HF]:
+    """The table ``keys`` of a model that is a part of another one: its submodule ``own``, whose config is the field of
+    that name, and which the checkpoint keeps under ``theirs`` (empty: at the top)."""
+    table = {}
+    for path, entry in keys.items():
+        entry = HF(entry) if isinstance(entry, str) else entry
+        rows = None if entry.rows is None else _RowsOf(own, entry.rows)
+        table[f"{own}.{path}"] = dataclasses.replace(entry, name=tensor_name(theirs, entry.name), rows=rows)
+    return table
+
+
+@dataclasses.dataclass(frozen=True)  # equal tables compare equal
+class _RowsOf:
+    own: str
+    rows: Callable[[Any], Sequence[np.ndarray]]
+
+    def __call__(self, config: Any) -> Sequence[np.ndarray]:
+        return self.rows(getattr(config, self.own))
+
+
+def tensor_name(module: str, leaf: str) -> str:
+    """``module.leaf``; a parameter of the model itself has no module before its name."""
+    return f"{module}.{leaf}" if module else leaf
+
+
 def own_name(path: str) -> tuple[HF, str]:
     """Where a parameter that surgery has added is kept: under its own path, out of Hugging Face's way."""
     module, _, leaf = path.rpartition(".")

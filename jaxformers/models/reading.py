@@ -11,7 +11,17 @@ from flax import nnx
 
 from jaxformers import paths, surgery, weights
 from jaxformers.mesh import sharding as sharding_of
-from jaxformers.models.keymap import HF, all_keys, expected, lookup, own_name, turned, turned_back
+from jaxformers.models.keymap import (
+    HF,
+    all_keys,
+    body_keys,
+    expected,
+    lookup,
+    own_name,
+    tensor_name,
+    turned,
+    turned_back,
+)
 from jaxformers.models.keymap import Keys as Keymap
 from jaxformers.nn.keys import Keys
 from jaxformers.safetensors_file import show
@@ -103,7 +113,7 @@ def fill(
         )
     if wrong:
         raise CheckpointError(f"{checkpoint.directory}: {_some(wrong)}")
-    unmapped = _unmapped(names, arch, skip)
+    unmapped = _unmapped(names, model, arch, skip)
     if unmapped:
         raise CheckpointError(f"{checkpoint.directory}: tensors that have no place in this model: {_some(unmapped)}")
     values = {}
@@ -132,7 +142,7 @@ def _reader(names: Names, path: str, entry: HF, leaf_name: str, leaf: Any) -> Ca
         except ValueError as error:
             raise ValueError(f"{entry.name}: {error}") from error
         return lambda: value
-    tensor = names.get(f"{entry.name}.{leaf_name}")
+    tensor = names.get(tensor_name(entry.name, leaf_name))
     if tensor is None:
         return None
     shape = tuple(tensor.shape)
@@ -169,7 +179,7 @@ def _torch_like(names: Names, entry: HF) -> Callable[[str], np.ndarray | None]:
         own = names.get(f"{entry.name}.{i}.{suffix}") if n > 1 else None
         if own is not None:  # belongs to this slice alone
             return own.read()
-        tensor = names.get(f"{entry.name}.{suffix}")
+        tensor = names.get(tensor_name(entry.name, suffix))
         if tensor is None:
             if suffix == "g_idx":  # optional in the packed layout
                 return None
@@ -222,10 +232,15 @@ def _fresh(model: nnx.Module, fresh: list[str], key: jax.Array) -> dict[str, Any
     return build(key)
 
 
-def _unmapped(names: Names, arch: Any, skip: Callable[[str], bool]) -> list[str]:
-    """Tensors nobody asked for, less buffers, other heads, and the all-zero biases that GPTQ writers add."""
-    heads = {k: v for _, table in arch.HEADS.values() for k, v in table.items()}
+def _unmapped(names: Names, model: nnx.Module, arch: Any, skip: Callable[[str], bool]) -> list[str]:
+    """Tensors nobody asked for, less buffers, other heads and what only models with other heads have, and the all-zero
+    biases that GPTQ writers add."""
+    heads = {f"{head} {path}": entry for head, (_, table) in arch.HEADS.items() for path, entry in table.items()}
     optional = {part: arch.KEYS.get(part, part) for part in ("pooler", "contact_head")}
+    absent = [part for part in getattr(arch, "OPTIONAL", ()) if getattr(model, part, None) is None]
+    for path, entry in body_keys(arch, model.config).items():
+        if path.partition(".")[0] in absent:
+            optional[path] = entry
     other = expected({**heads, **optional}, names.in_file)
     left = []
     for plain, name in names.in_file.items():
@@ -240,7 +255,7 @@ def _unmapped(names: Names, arch: Any, skip: Callable[[str], bool]) -> list[str]
 
 def _file_name(keys: Keymap, path: str) -> str:
     entry, leaf = lookup(keys, path) or own_name(path)
-    return f"{entry.name}.{leaf}"
+    return tensor_name(entry.name, leaf)
 
 
 def _some(items: list[str]) -> str:

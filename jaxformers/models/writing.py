@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from jaxformers import paths, weights
-from jaxformers.models.keymap import HF, all_keys, body_keys, lookup, own_name, prefix_of, turned
+from jaxformers.models.keymap import HF, all_keys, body_keys, lookup, own_name, prefix_of, tensor_name, turned
 
 FUSED = {"weight", "bias", "qweight", "qzeros", "scales", "g_idx"}  # tensors that the parts of a fused layer share
 
@@ -30,11 +30,11 @@ def to_tensors(model: nnx.Module, arch: Any) -> tuple[list[tuple], dict[str, np.
             raise ValueError(f"model: parameter {path} has no name in the Hugging Face layout")
         entry, leaf_name = found
         body = found == lookup(body_keys(arch, model.config), path)
-        name = f"{prefix if body else ''}{entry.name}"
+        name = f"{prefix if body else ''}{entry.name}".rstrip(".")
         if entry.part[1] > 1:
             fused.setdefault(f"{name}\n{path.rpartition('.')[2]}", {})[entry.part[0]] = (entry, leaf_name, leaf)
         else:
-            tensors += [(f"{name}.{s}", *rest) for s, *rest in _layer_tensors(path, entry, leaf_name, leaf)]
+            tensors += [(tensor_name(name, s), *rest) for s, *rest in _layer_tensors(path, entry, leaf_name, leaf)]
     for key, parts in fused.items():
         tensors += _fused_tensors(*key.split("\n"), [parts[i] for i in sorted(parts)], model.config)
     return tensors, dense

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from jaxformers.nn.conv import Conv
 from jaxformers.nn.dropout import dropout
 from jaxformers.nn.linear import Embed
+from jaxformers.nn.norms import LayerNorm
 from jaxformers.sites import site
 
 
@@ -45,7 +46,8 @@ def resize(x: Float[Array, "h w c"], size: tuple[int, int], kind: str) -> Float[
 
 
 class ImageEmbeddings(nnx.Module):
-    """Patches, behind a class token (and DeiT's distillation token), plus a position table. Site: ``embeddings``.
+    """Patches, behind a class token (and DeiT's distillation token), plus a position table, then ``norm`` where the
+    architecture has one (CLIP). Site: ``embeddings``.
 
     The table belongs to ``grid`` (rows, columns) of patches; for another grid it is stretched, bicubically.
     ``mask_token`` stands for the patches that ``bool_masked_pos`` marks.
@@ -63,6 +65,7 @@ class ImageEmbeddings(nnx.Module):
         mask_token: bool = False,
         positions: bool = True,
         patch_bias: bool = True,
+        eps: float | None = None,
         rate: float = 0.0,
         std: float = 0.02,
         rngs: Any,
@@ -77,6 +80,7 @@ class ImageEmbeddings(nnx.Module):
         self.mask_token = nnx.Param(jnp.zeros(width)) if mask_token else None
         rows = 1 + distillation + grid[0] * grid[1]
         self.position = Embed(rows, width, std=std, rngs=rngs) if positions else None
+        self.norm = None if eps is None else LayerNorm(width, eps=eps)
 
     def patches(self, pixel_values: Float[Array, "batch channels height width"]) -> Float[Array, "batch h w d"]:
         """The patches' embeddings. Raises ValueError for pixels of another layout."""
@@ -115,6 +119,8 @@ class ImageEmbeddings(nnx.Module):
         x = jnp.concatenate([special, x], axis=1)
         if self.position is not None:
             x = x + self.positions(tuple(grid)).astype(x.dtype)
+        if self.norm is not None:
+            x = self.norm(x)
         return site(self.path, dropout(x, self.rate, key)), tuple(grid)
 
 

@@ -1,0 +1,102 @@
+"""Writes tests/oracles/mixed from Hugging Face's own implementations: python tests/live/freeze_mixed.py
+
+Tiny models of images and texts for what the other oracles leave out: every class, and the settings that change the
+computation. All weights are drawn so large that no term is invisible. Needs torch and transformers (pip install
+'jaxformers[oracle]').
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ORACLES = Path(__file__).resolve().parent.parent / "oracles" / "mixed"
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = {**SIZES, "image_size": 12, "patch_size": 4, "projection_dim": 10}
+TEXT = {**SIZES, "hidden_size": 12, "vocab_size": 40, "max_position_embeddings": 16, "projection_dim": 10,
+        "eos_token_id": 39, "bos_token_id": 0, "pad_token_id": 1}  # fmt: skip
+LEGACY = {**TEXT, "eos_token_id": 2, "hidden_act": "gelu"}
+CLIP = {"vision_config": VISION, "text_config": TEXT, "projection_dim": 7}
+OLD_CLIP = {**CLIP, "vision_config": {**VISION, "hidden_act": "gelu"}, "text_config": LEGACY,
+            "logit_scale_init_value": 1.5}  # fmt: skip
+
+# name: (class, settings of its config, what its inputs are)
+VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "clip-legacy": ("CLIPModel", OLD_CLIP, "images texts"),
+    "clip-stretched": ("CLIPModel", CLIP, "wide texts"),
+    "clip-labels": ("CLIPForImageClassification", {**CLIP, "num_labels": 3}, "images"),
+    "clip-vision": ("CLIPVisionModel", VISION, "images"),
+    "clip-vision-projection": ("CLIPVisionModelWithProjection", VISION, "wide"),
+    "clip-text": ("CLIPTextModel", TEXT, "texts"),
+    "clip-text-projection": ("CLIPTextModelWithProjection", LEGACY, "texts"),
+}
+
+
+def build(name: str) -> Any:
+    """The Hugging Face model of a variant, in eval mode, with weights drawn from its name."""
+    import torch
+    import transformers
+
+    class_name, settings, _ = VARIANTS[name]
+    cls = getattr(transformers, class_name)
+    torch.manual_seed(sum(name.encode()))
+    model = cls._from_config(cls.config_class(**settings), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim:  # a scale stays where the config puts it
+                wide = parameter.ndim > 1
+                parameter.copy_(torch.randn(parameter.shape) * (0.4 if wide else 0.2) + (0 if wide else 0.5))
+    return model
+
+
+def batch(name: str) -> dict[str, np.ndarray]:
+    """Images (2 of the config's size, or wider than high), texts (3: full, padded on the right, on the left)."""
+    rng = np.random.default_rng(sum(name.encode()))
+    kinds, found = VARIANTS[name][2].split(), {}
+    if "images" in kinds or "wide" in kinds:
+        size = (12, 12) if "images" in kinds else (12, 20)
+        found["pixel_values"] = rng.standard_normal((2, 3, *size)).astype(np.float32)
+    if "texts" in kinds:
+        ids, mask = rng.integers(3, 38, (3, 9)), np.ones((3, 9), int)
+        mask[1, 6:] = mask[2, :3] = 0
+        ids[:, -2] = ids[1, 4] = 39  # the end token, followed by another token, or by padding
+        found |= {"input_ids": np.where(mask == 1, ids, 1), "attention_mask": mask}
+    return found
+
+
+def run(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a Hugging Face model gives for ``inputs``: every array of its output, by name."""
+    import torch
+
+    options = {"interpolate_pos_encoding": True} if inputs.get("pixel_values", np.zeros(1)).shape[-1] == 20 else {}
+    with torch.no_grad():
+        out = model(**{k: torch.from_numpy(v) for k, v in inputs.items()}, **options)
+    return flat(out)
+
+
+def flat(out: Any) -> dict[str, np.ndarray]:
+    """The arrays of an output and of those within it (whose pooled states are projected there, so left out)."""
+    found = {}
+    for name, value in out.items():
+        if hasattr(value, "items"):
+            inside = {f"{name}.{inner}": array for inner, array in flat(value).items() if inner != "pooler_output"}
+            found |= inside
+        elif hasattr(value, "numpy"):
+            found[name] = value.numpy()
+    return found
+
+
+def main(names: list[str]) -> None:
+    for name in names or VARIANTS:
+        folder = ORACLES / name
+        model, inputs = build(name), batch(name)
+        model.save_pretrained(folder)
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        arrays = {f"in.{k}": v for k, v in inputs.items()} | {f"out.{k}": v for k, v in run(model, inputs).items()}
+        np.savez_compressed(folder / "io.npz", **arrays)
+        print(name, sum(file.stat().st_size for file in folder.iterdir()), *arrays)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

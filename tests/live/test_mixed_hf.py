@@ -1,0 +1,63 @@
+"""Models of images and texts against Hugging Face itself: what is written here it reads alike, and gradients agree."""
+
+import jax
+import numpy as np
+import pytest
+from parity import assert_close_scaled, grads_by_hf_name
+
+import jaxformers as jf
+
+torch = pytest.importorskip("torch", reason="live comparison: pip install 'jaxformers[oracle]'")
+transformers = pytest.importorskip("transformers", reason="live comparison: pip install 'jaxformers[oracle]'")
+
+from live import freeze_mixed  # noqa: E402
+from models.test_mixed import NAMES, read, real  # noqa: E402
+
+
+def test_all_variants_are_frozen():
+    assert set(NAMES) == set(freeze_mixed.VARIANTS)
+
+
+@pytest.mark.parametrize("name", freeze_mixed.VARIANTS)
+def test_hugging_face_reads_what_is_written_here(name, oracles, tmp_path):
+    folder = oracles / "mixed" / name
+    jf.save(jf.load(folder), tmp_path / "x")
+    cls = getattr(transformers, freeze_mixed.VARIANTS[name][0])
+    model, report = cls.from_pretrained(tmp_path / "x", attn_implementation="eager", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    inputs, expected = read(folder)
+    for key, value in freeze_mixed.run(model.eval(), inputs).items():
+        assert_close_scaled(value, expected[key], 1e-5, real(key, value, inputs))
+
+
+@pytest.mark.parametrize("name", freeze_mixed.VARIANTS)
+def test_the_frozen_values_are_those_of_the_installed_version(name, oracles):
+    inputs, expected = read(oracles / "mixed" / name)
+    drawn = freeze_mixed.batch(name)
+    assert set(inputs) == set(drawn) and all(np.array_equal(inputs[k], drawn[k]) for k in inputs)
+    for key, value in freeze_mixed.run(freeze_mixed.build(name), inputs).items():
+        assert_close_scaled(value, expected[key], 1e-5, real(key, value, inputs))
+
+
+@pytest.mark.parametrize("name", ["clip-legacy", "clip-stretched"])
+def test_gradients_of_the_contrastive_loss(name, oracles):
+    from jaxformers.losses import info_nce
+
+    folder = oracles / "mixed" / name
+    inputs, _ = read(folder)
+    inputs = {k: v[:2] for k, v in inputs.items()}  # a loss of pairs
+    theirs = transformers.CLIPModel.from_pretrained(folder, attn_implementation="eager")
+    batch = {k: torch.from_numpy(v) for k, v in inputs.items()}
+    theirs(**batch, return_loss=True, interpolate_pos_encoding=name == "clip-stretched").loss.backward()
+
+    model = jf.load(folder)
+    apply, params = jf.functional(model)
+
+    def loss(params):
+        extra = apply(params, inputs).extra
+        return info_nce(extra["image_embeds"], extra["text_embeds"], log_scale=params["logit_scale"])[0]
+
+    found = grads_by_hf_name(model, jax.jit(jax.grad(loss))(params))
+    scale = max(float(p.grad.abs().max()) for p in theirs.parameters())
+    for key, parameter in theirs.named_parameters():
+        assert np.abs(found[key] - parameter.grad.numpy()).max() < 1e-4 * scale, key
