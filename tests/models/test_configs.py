@@ -94,7 +94,7 @@ def test_every_parameter_has_a_name_of_its_own(name):
         for tied in (True, False):
             config = arch.Config(**SMALL, tie_word_embeddings=tied)
             model = nnx.eval_shape(lambda head=head, config=config: arch.Model(config, head=head, rngs=nnx.Rngs(0)))
-            keys = keymap.all_keys(arch, head)
+            keys = keymap.all_keys(model, arch)
             found = {}
             for path, leaf in paths.flatten(nnx.to_pure_dict(nnx.state(model))).items():
                 entry, suffix = keymap.lookup(keys, path)
