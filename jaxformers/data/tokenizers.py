@@ -89,7 +89,8 @@ class Tokenizer:
         """Tokenize a batch.
 
         Args:
-            texts, pairs: n strings each; with `pairs` row i is `texts[i]` and `pairs[i]` in the model's pair form.
+            texts: n strings.
+            pairs: n strings more: row i is then `texts[i]` and `pairs[i]` in the model's pair form.
             max_length: rows are cut to it, special tokens included; of a pair the longer is cut first, token by token.
                 Default: `self.max_length`; where that is None nothing is cut.
             buckets: lengths that L may take: the smallest that holds the longest row. Default: the longest row's.

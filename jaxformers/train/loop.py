@@ -107,9 +107,9 @@ def fit(
             by ``eval_objective`` (default: ``objective``).
         evaluate: ``evaluate(params, step) -> {name: number}``, any further measurement. The arrays are overwritten by
             the next step: copy what is to be kept.
-        mesh, shardings: the batch is split over the mesh axes data and fsdp; parameters go where ``shardings`` (a tree
-            like the parameters) says, else stay where they are on the mesh, else go by the table of `jaxformers.mesh`.
-            The mesh defaults to the one that the parameters are on.
+        mesh: the batch is split over its axes data and fsdp. It defaults to the one that the parameters are on.
+        shardings: a tree like the parameters that says where they go; without it they stay where they are on the mesh,
+            else go by the table of `jaxformers.mesh`.
         directory: receives `metrics.jsonl`, `checkpoints/` and, if asked for, `tensorboard/`. A run found there is
             taken up where it stopped, bit by bit as if it had not been interrupted (``config.resume``); SIGTERM saves
             once more and exits with code 0.
