@@ -38,7 +38,8 @@ def checkpoints(tmp_path, monkeypatch):
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     wordpiece, bpe = train_wordpiece(TEXTS, vocab_size=80), train_bpe(TEXTS, vocab_size=300)
     bert = {"model_type": "bert", "vocab_size": wordpiece.vocab_size, "max_position_embeddings": 32, **small}
-    gpt2 = {"model_type": "gpt2", "vocab_size": bpe.vocab_size, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    gpt2 = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    gpt2 |= {"model_type": "gpt2", "vocab_size": bpe.vocab_size}
     key = jax.random.key(0)
     jf.save(jf.init(bert, head="masked_lm", key=key), "bert-base-uncased", tokenizer=wordpiece)
     jf.save(jf.init(gpt2, head="causal_lm", key=key), "gpt2", tokenizer=bpe)
@@ -74,7 +75,8 @@ def test_the_heads_of_the_porting_page_are_those_of_the_library():
 
 def test_the_architectures_page_lists_every_architecture_and_head():
     page = (DOCS / "architectures.md").read_text()
-    rows = {kind: row for row in re.findall(r"^\| `.+$", page, re.M) for kind in re.findall(r"`([^`]+)`", row.split("|")[1])}
+    lines = re.findall(r"^\| `.+$", page, re.M)
+    rows = {kind: line for line in lines for kind in re.findall(r"`([^`]+)`", line.split("|")[1])}
     del rows["model_type"]  # the heading
     assert set(rows) == set(models.ARCHITECTURES)
     for kind in rows:
