@@ -42,6 +42,7 @@ _HEAD_OF_CLASS = (
     ("LMHeadModel", "causal_lm"),
     ("ForSequenceClassification", "sequence_classification"),
     ("ForTokenClassification", "token_classification"),
+    ("ForQuestionAnswering", "question_answering"),
     ("Model", None),
 )
 

@@ -50,7 +50,10 @@ class Config:
 
 
 class Bert(nnx.Module):
-    """``embeddings`` → ``layers`` → ``pooler`` and ``head``. Heads: masked_lm, sequence_ and token_classification."""
+    """``embeddings`` → ``layers`` → ``pooler`` and ``head``.
+
+    Heads: masked_lm, sequence_ and token_classification, question_answering.
+    """
 
     def __init__(self, config: Config, *, head: str | None = None, rngs: nnx.Rngs):
         self.path, self.source, self.surgery = "", None, ()
@@ -83,6 +86,8 @@ class Bert(nnx.Module):
         elif head in ("sequence_classification", "token_classification"):
             rate = c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
             self.head = nn.ClassificationHead(c.hidden_size, c.num_labels, rate=rate, std=std, rngs=rngs)
+        elif head == "question_answering":
+            self.head = nn.span_head(c.hidden_size, std=std, rngs=rngs)
 
     def __call__(
         self,
@@ -151,6 +156,7 @@ HEADS = {
     ),
     "sequence_classification": ("BertForSequenceClassification", {"head.classifier": "classifier"}),
     "token_classification": ("BertForTokenClassification", {"head.classifier": "classifier"}),
+    "question_answering": ("BertForQuestionAnswering", {"head.classifier": "qa_outputs"}),
 }
 BASE_CLASS = "BertModel"
 IGNORED = (r".*position_ids", r"cls\.seq_relationship\..*")

@@ -248,7 +248,7 @@ class Embeddings(nnx.Module):
 class DebertaV2(nnx.Module):
     """``embeddings`` → ``layers`` (with ``relative``, the table they share) → ``head``.
 
-    Heads: masked_lm, sequence_ (with ``pooler``) and token_classification.
+    Heads: masked_lm, sequence_ (with ``pooler``) and token_classification, question_answering.
     """
 
     def __init__(self, config: Config, *, head: str | None = None, rngs: nnx.Rngs):
@@ -277,6 +277,8 @@ class DebertaV2(nnx.Module):
         elif head in ("sequence_classification", "token_classification"):
             rate = c.hidden_dropout_prob if c.cls_dropout is None or not with_pooler else c.cls_dropout
             self.head = nn.ClassificationHead(width, c.num_labels, rate=rate, std=std, rngs=rngs)
+        elif head == "question_answering":
+            self.head = nn.span_head(width, std=std, rngs=rngs)
 
     @staticmethod
     def _block(c: Config, layer: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -343,6 +345,7 @@ HEADS = {
         {"pooler": "pooler.dense", "head.classifier": "classifier"},
     ),
     "token_classification": ("DebertaV2ForTokenClassification", {"head.classifier": "classifier"}),
+    "question_answering": ("DebertaV2ForQuestionAnswering", {"head.classifier": "qa_outputs"}),
 }
 BASE_CLASS = "DebertaV2Model"
 RENAMED = (

@@ -40,6 +40,7 @@ class Config:
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     classifier_dropout: float = 0.2
+    qa_dropout: float = 0.1
     max_position_embeddings: int = 512
     sinusoidal: bool = False
     initializer_range: float = 0.02
@@ -61,7 +62,10 @@ class Config:
 
 
 class DistilBert(nnx.Module):
-    """``embeddings`` → ``layers`` → ``head``. Heads: masked_lm, sequence_ and token_classification."""
+    """``embeddings`` → ``layers`` → ``head``.
+
+    Heads: masked_lm, sequence_ and token_classification, question_answering.
+    """
 
     def __init__(self, config: Config, *, head: str | None = None, rngs: nnx.Rngs):
         self.path, self.source, self.surgery = "", None, ()
@@ -97,6 +101,8 @@ class DistilBert(nnx.Module):
         elif head == "token_classification":
             rate = c.hidden_dropout_prob
             self.head = nn.ClassificationHead(c.hidden_size, c.num_labels, rate=rate, std=std, rngs=rngs)
+        elif head == "question_answering":
+            self.head = nn.span_head(c.hidden_size, rate=c.qa_dropout, std=std, rngs=rngs)
 
     def __call__(
         self,
@@ -157,6 +163,7 @@ HEADS = {
         {"head.dense": "pre_classifier", "head.classifier": "classifier"},
     ),
     "token_classification": ("DistilBertForTokenClassification", {"head.classifier": "classifier"}),
+    "question_answering": ("DistilBertForQuestionAnswering", {"head.classifier": "qa_outputs"}),
 }
 BASE_CLASS = "DistilBertModel"
 IGNORED = (r".*position_ids",)

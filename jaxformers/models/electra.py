@@ -64,7 +64,7 @@ class Electra(nnx.Module):
     """``embeddings`` → ``layers`` → ``head``.
 
     Heads: pretraining (the discriminator, one logit a token), masked_lm (the generator), sequence_ and
-    token_classification.
+    token_classification, question_answering.
     """
 
     def __init__(self, config: Config, *, head: str | None = None, rngs: nnx.Rngs):
@@ -104,6 +104,8 @@ class Electra(nnx.Module):
             )
         elif head == "token_classification":
             self.head = nn.ClassificationHead(c.hidden_size, c.num_labels, rate=rate, std=std, rngs=rngs)
+        elif head == "question_answering":
+            self.head = nn.span_head(c.hidden_size, std=std, rngs=rngs)
 
     def __call__(
         self,
@@ -157,6 +159,7 @@ HEADS = {
         {"head.dense": "classifier.dense", "head.classifier": "classifier.out_proj"},
     ),
     "token_classification": ("ElectraForTokenClassification", {"head.classifier": "classifier"}),
+    "question_answering": ("ElectraForQuestionAnswering", {"head.classifier": "qa_outputs"}),
 }
 BASE_CLASS = "ElectraModel"
 IGNORED = (r".*position_ids",)

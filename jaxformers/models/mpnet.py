@@ -93,6 +93,8 @@ class MPNet(nnx.Module):
             self.head = nn.ClassificationHead(
                 c.hidden_size, c.num_labels, dense=dense, rate=rate, dense_rate=rate, std=std, rngs=rngs
             )
+        elif head == "question_answering":
+            self.head = nn.span_head(c.hidden_size, std=std, rngs=rngs)
 
     def __call__(
         self,
@@ -153,6 +155,7 @@ HEADS = {
         {"head.dense": "classifier.dense", "head.classifier": "classifier.out_proj"},
     ),
     "token_classification": ("MPNetForTokenClassification", {"head.classifier": "classifier"}),
+    "question_answering": ("MPNetForQuestionAnswering", {"head.classifier": "qa_outputs"}),
 }
 BASE_CLASS = "MPNetModel"
 IGNORED = (r".*position_ids",)

@@ -58,7 +58,10 @@ class Config:
 
 
 class Roberta(nnx.Module):
-    """``embeddings`` → ``layers`` → ``pooler`` or ``head``. Heads: masked_lm, sequence_ and token_classification."""
+    """``embeddings`` → ``layers`` → ``pooler`` or ``head``.
+
+    Heads: masked_lm, sequence_ and token_classification, question_answering.
+    """
 
     def __init__(self, config: Config, *, head: str | None = None, rngs: nnx.Rngs):
         self.path, self.source, self.surgery = "", None, ()
@@ -94,6 +97,8 @@ class Roberta(nnx.Module):
             self.head = nn.ClassificationHead(
                 c.hidden_size, c.num_labels, dense=dense, rate=rate, dense_rate=rate, std=std, rngs=rngs
             )
+        elif head == "question_answering":
+            self.head = nn.span_head(c.hidden_size, std=std, rngs=rngs)
 
     def __call__(
         self,
@@ -157,6 +162,7 @@ HEADS = {
         {"head.dense": "classifier.dense", "head.classifier": "classifier.out_proj"},
     ),
     "token_classification": ("RobertaForTokenClassification", {"head.classifier": "classifier"}),
+    "question_answering": ("RobertaForQuestionAnswering", {"head.classifier": "qa_outputs"}),
 }
 BASE_CLASS = "RobertaModel"
 IGNORED = (r".*position_ids",)

@@ -16,6 +16,7 @@ from jaxformers.nn.heads import (
     decoder_output,
     encoder_output,
     new_sentence_head,
+    span_head,
 )
 from jaxformers.nn.keys import Keys
 from jaxformers.nn.linear import Embed, Linear
@@ -40,5 +41,5 @@ __all__ = [
     "SentenceHead", "activation", "add_adapters", "advance", "attend", "causal_mask", "check_length", "decode",
     "decoder_output", "drop_path", "dropout", "empty_cache", "encoder_output", "new_cache", "new_sentence_head",
     "normalize", "padded_positions", "pool", "relative_buckets", "rotary_from_hf", "rotary_table", "rotary_to_hf",
-    "rotate", "split",
+    "rotate", "span_head", "split",
 ]  # fmt: skip

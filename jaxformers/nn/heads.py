@@ -1,7 +1,7 @@
 """Heads: what turns the last hidden state into logits or a sentence embedding.
 
 A model keeps its head's name in ``head_name``: None, ``"masked_lm"``, ``"causal_lm"``, ``"sequence_classification"``,
-``"token_classification"`` or ``"sentence"``.
+``"token_classification"``, ``"question_answering"`` or ``"sentence"``; images have more, see their models.
 """
 
 from typing import Any
@@ -94,6 +94,11 @@ class ClassificationHead(nnx.Module):
         if self.dense is not None:
             h = activation(self.act)(self.dense(dropout(h, self.dense_rate, first)))
         return self.classifier(dropout(h, self.rate, second))
+
+
+def span_head(width: int, *, rate: float = 0.0, std: float, rngs: nnx.Rngs) -> ClassificationHead:
+    """Extractive question answering: two logits a token, of the answer's first and of its last token (B, L, 2)."""
+    return ClassificationHead(width, 2, rate=rate, std=std, rngs=rngs)
 
 
 class SentenceHead(nnx.Module):

@@ -60,6 +60,12 @@ VARIANTS = {
     "llama-yarn": ("LlamaForCausalLM", {**LLAMA, "rope_parameters": YARN}),
     "llama-sequence": ("LlamaForSequenceClassification", {**LLAMA, **LABELS}),
     "llama-tokens": ("LlamaForTokenClassification", {**LLAMA, **LABELS}),
+    "bert-spans": ("BertForQuestionAnswering", ENCODER),
+    "roberta-spans": ("RobertaForQuestionAnswering", ROBERTA),
+    "distilbert-spans": ("DistilBertForQuestionAnswering", DISTIL),
+    "mpnet-spans": ("MPNetForQuestionAnswering", {**ENCODER, "pad_token_id": 1}),
+    "electra-spans": ("ElectraForQuestionAnswering", ELECTRA),
+    "deberta-spans": ("DebertaV2ForQuestionAnswering", V3),
     "electra-sequence": ("ElectraForSequenceClassification", {**ELECTRA, **LABELS}),
     "electra-tokens": ("ElectraForTokenClassification", {**ELECTRA, **LABELS, "embedding_size": 16}),
     "electra-mlm-untied": ("ElectraForMaskedLM", {**ELECTRA, "tie_word_embeddings": False, "hidden_act": "relu"}),
@@ -149,6 +155,8 @@ def run(model, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         found["pooled"] = out.pooler_output.numpy()
     if hasattr(out, "logits"):
         found["logits"] = out.logits.numpy()
+    if hasattr(out, "start_logits"):
+        found["logits"] = torch.stack([out.start_logits, out.end_logits], -1).numpy()
     return found
 
 

@@ -16,7 +16,8 @@ NAMES = (
     "llama-sequence", "llama-tokens", "llama-yarn", "mistral-open", "mistral-sequence", "mpnet-mlm", "mpnet-sequence",
     "mpnet-tokens", "neo-sequence", "neo-tokens", "neo-wide", "neox-linear", "neox-sequence", "neox-serial",
     "neox-tokens", "opt-bare", "opt-postnorm", "opt-sequence", "qwen2-sliding", "qwen2-tokens", "roberta-base",
-    "roberta-mlm-untied", "roberta-tokens",
+    "roberta-mlm-untied", "roberta-tokens", "bert-spans", "roberta-spans", "distilbert-spans", "mpnet-spans",
+    "electra-spans", "deberta-spans",
 )  # fmt: skip
 
 
