@@ -15,8 +15,6 @@ from jaxformers.safetensors_file import show
 ARCHITECTURES = {
     "bert": "bert",
     "camembert": "roberta",
-    "audio-spectrogram-transformer": "audio_spectrogram_transformer",
-    "beit": "beit",
     "clip": "clip",
     "clip_text_model": "clip_text",
     "clip_vision_model": "clip_vision",
@@ -39,7 +37,6 @@ ARCHITECTURES = {
     "qwen2": "qwen2",
     "roberta": "roberta",
     "vit": "vit",
-    "vit_mae": "vit_mae",
     "xlm-roberta": "roberta",
 }
 
