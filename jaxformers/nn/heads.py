@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxformers.nn.dropout import dropout, split
-from jaxformers.nn.linear import Embed, Linear
+from jaxformers.nn.linear import Embed, Linear, add_bias
 from jaxformers.nn.mlp import activation
 from jaxformers.nn.norms import LayerNorm
 from jaxformers.nn.output import Output
@@ -49,8 +49,7 @@ class MaskedLMHead(nnx.Module):
         h = self.norm(activation(self.act)(self.dense(h)))
         if self.decoder is not None:
             return self.decoder(h)
-        logits = token.attend(h)
-        return logits + self.bias.get_value().astype(logits.dtype)
+        return add_bias(token.attend(h), self.bias.get_value())
 
 
 class CausalLMHead(nnx.Module):

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxformers import nn
+from jaxformers.nn import linear
 
 X = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
 
@@ -97,3 +98,14 @@ def test_classification_head_drops_before_its_dense_layer():
     assert not np.allclose(head(h, jax.random.key(0)), head(h))
     calm = nn.ClassificationHead(8, 3, dense="tanh", rngs=nnx.Rngs(0))
     assert np.array_equal(calm(h, jax.random.key(0)), calm(h))
+
+
+def test_the_bias_of_a_vocabulary():
+    rng = np.random.default_rng(1)
+    y, bias = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 3, linear.WIDE), linear.WIDE))
+    weight = jnp.asarray(rng.standard_normal(y.shape), jnp.float32)
+    assert np.array_equal(linear.add_bias(y, bias), y + bias)
+    found = jax.jit(jax.grad(lambda bias: (weight * linear.add_bias(y, bias)).sum()))(bias)
+    assert np.abs(found - weight.sum((0, 1))).max() < 1e-5
+    assert linear.add_bias(y.astype(jnp.bfloat16), bias).dtype == jnp.bfloat16
+    assert jax.vmap(linear.add_bias, (0, None))(y, bias).shape == y.shape
