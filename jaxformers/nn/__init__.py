@@ -3,7 +3,7 @@
 from jaxformers.nn.adapter import Adapter, add_adapters
 from jaxformers.nn.attention import Attention, Mask, attend, causal_mask
 from jaxformers.nn.block import Block, Layers, drop_path
-from jaxformers.nn.cache import Cache, KeyValue, advance, new_cache
+from jaxformers.nn.cache import Cache, KeyValue, WithMemory, advance, new_cache
 from jaxformers.nn.conv import Conv
 from jaxformers.nn.decoder import decode, empty_cache
 from jaxformers.nn.dropout import dropout, split
@@ -25,6 +25,7 @@ from jaxformers.nn.norms import LayerNorm, RMSNorm
 from jaxformers.nn.output import Output
 from jaxformers.nn.pooling import normalize, pool
 from jaxformers.nn.positions import Rotary, relative_buckets, rotary_from_hf, rotary_table, rotary_to_hf, rotate
+from jaxformers.nn.seq2seq import Memory, memory_cache, memory_context, shift_right
 from jaxformers.nn.vision import (
     GridBias,
     ImageEmbeddings,
@@ -36,6 +37,7 @@ from jaxformers.nn.vision import (
 
 __all__ = [
     "GridBias", "ImageEmbeddings", "drop_path_rates", "offsets", "pixel_shuffle", "resize",
+    "Memory", "WithMemory", "memory_cache", "memory_context", "shift_right",
     "Adapter", "Attention", "Block", "Cache", "CausalLMHead", "ClassificationHead", "Conv", "Embed", "Embeddings",
     "KeyValue", "Keys", "LayerNorm", "Layers", "Linear", "MLP", "Mask", "MaskedLMHead", "Output", "RMSNorm", "Rotary",
     "SentenceHead", "activation", "add_adapters", "advance", "attend", "causal_mask", "check_length", "decode",

@@ -174,6 +174,16 @@ class Attention(nnx.Module):
         zeros = jnp.zeros((batch, self.kv_heads, slots, self.size), dtype)
         return KeyValue(zeros, zeros)
 
+    def remember(self, memory: Float[Array, "batch keys memory_width"]) -> KeyValue:
+        """The keys and values of an encoder's output, to be computed once for all steps of a decoder."""
+        k, v = self._project(memory)
+        return KeyValue(k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+    def _project(self, source: jax.Array) -> tuple[jax.Array, jax.Array]:
+        batch, length, _ = source.shape
+        k = self.key(source).reshape(batch, length, self.kv_heads, self.size)
+        return k, self.value(source).reshape(batch, length, self.kv_heads, self.size)
+
     def __call__(
         self,
         x: Float[Array, "batch length width"],
@@ -182,16 +192,15 @@ class Attention(nnx.Module):
         bias: jax.Array | None = None,
         rotary: tuple[jax.Array, jax.Array] | None = None,
         cache: KeyValue | None = None,
-        memory: Float[Array, "batch keys memory_width"] | None = None,
+        memory: Float[Array, "batch keys memory_width"] | KeyValue | None = None,
         grid: tuple[int, int] | None = None,
         key: jax.Array | None = None,
     ) -> tuple[Float[Array, "batch length width"], KeyValue | None]:
-        """Attend from ``x`` to itself, to ``cache`` (after writing to it at slot ``mask.start``), or to ``memory``."""
+        """Attend from ``x`` to itself, to ``cache`` (after writing to it at slot ``mask.start``), or to ``memory``: an
+        encoder's output, or what :meth:`remember` has made of it."""
         batch, length, _ = x.shape
-        source = x if memory is None else memory
         q = self.query(x).reshape(batch, length, self.heads, self.size)
-        k = self.key(source).reshape(batch, source.shape[1], self.kv_heads, self.size)
-        v = self.value(source).reshape(batch, source.shape[1], self.kv_heads, self.size)
+        k, v = memory.read(q.dtype) if isinstance(memory, KeyValue) else self._project(x if memory is None else memory)
         if rotary is not None:
             q, k = rotate(q, rotary, self.interleaved), rotate(k, rotary, self.interleaved)
         if cache is not None:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxformers import sites
 from jaxformers.nn.attention import Mask
+from jaxformers.nn.cache import WithMemory
 from jaxformers.nn.dropout import dropout, split
 from jaxformers.sites import site
 
@@ -21,7 +22,8 @@ class Block(nnx.Module):
     GPT-NeoX; pre-norm only): attention and MLP read the same x, ``x + attention(norm(x)) + mlp(norm(x))``; without an
     ``mlp_norm`` the MLP reads attention's. ``attention_scale`` and ``mlp_scale``: a factor per channel of what
     each adds (LayerScale, arXiv 2103.17239). ``drop_path``: the rate at which a sequence skips a branch (stochastic
-    depth, arXiv 1603.09382).
+    depth, arXiv 1603.09382). ``cross_attention`` with its ``cross_attention_norm``: an encoder–decoder's, between the
+    two, ``x + cross_attention(norm(x), memory)`` or post-norm likewise.
     """
 
     def __init__(
@@ -33,6 +35,8 @@ class Block(nnx.Module):
         *,
         prenorm: bool,
         parallel: bool = False,
+        cross_attention: nnx.Module | None = None,
+        cross_attention_norm: nnx.Module | None = None,
         layer_scale: float | None = None,
         width: int | None = None,
         rate: float = 0.0,
@@ -40,12 +44,16 @@ class Block(nnx.Module):
     ):
         if parallel and not prenorm:
             raise ValueError("block: parallel attention and MLP are for pre-norm blocks")
+        if (cross_attention is None) != (cross_attention_norm is None) or (parallel and cross_attention is not None):
+            raise ValueError("block: cross_attention and cross_attention_norm go together, and not with parallel")
         if layer_scale is not None and width is None:
             raise ValueError("block: layer_scale needs the width")
         self.path = ""
         self.prenorm, self.parallel, self.rate, self.drop_path = prenorm, parallel, rate, drop_path
         self.attention, self.attention_norm = attention, attention_norm
         self.mlp, self.mlp_norm = mlp, mlp_norm
+        self.cross_attention = cross_attention if cross_attention is not None else nnx.data(None)
+        self.cross_attention_norm = cross_attention_norm if cross_attention_norm is not None else nnx.data(None)
         self.attention_scale = None if layer_scale is None else nnx.Param(jnp.full(width, layer_scale))
         self.mlp_scale = None if layer_scale is None else nnx.Param(jnp.full(width, layer_scale))
 
@@ -56,25 +64,38 @@ class Block(nnx.Module):
         mask: Mask | None = None,
         bias: jax.Array | None = None,
         rotary: tuple[jax.Array, jax.Array] | None = None,
+        memory: Float[Array, "batch keys memory_width"] | None = None,
+        memory_mask: Mask | None = None,
         cache: Any = None,
         key: jax.Array | None = None,
         **context: Any,
     ) -> tuple[Float[Array, "batch length width"], Any]:
-        """``context`` is whatever else this model's attention takes."""
+        """``memory``: the encoder's output, unless ``cache`` (:class:`WithMemory`) has its keys and values; None leaves
+        cross-attention out. ``context`` is whatever else this model's attention takes."""
         x = site(f"{self.path}.input", x)
-        attention_key, drop1, drop2 = split(key, 3)
+        attention_key, drop1, drop2, cross_key, drop3, mlp_key = split(key, 6)
         normed = self.attention_norm(x) if self.prenorm else x
         context |= {"mask": mask, "bias": bias, "rotary": rotary}
-        h, cache = self.attention(normed, cache=cache, key=attention_key, **context)
+        own, memory = (cache.own, cache.memory) if isinstance(cache, WithMemory) else (cache, memory)
+        h, own = self.attention(normed, cache=own, key=attention_key, **context)
         before, x = x, x + self._branch(h, self.attention_scale, drop1)
         x = x if self.prenorm else self.attention_norm(x)
+        if self.cross_attention is not None and memory is not None:
+            normed = self.cross_attention_norm(x) if self.prenorm else x
+            h, _ = self.cross_attention(normed, memory=memory, mask=memory_mask, key=cross_key)
+            x = x + self._branch(h, None, drop3)
+            x = x if self.prenorm else self.cross_attention_norm(x)
         if self.parallel:
-            h = self.mlp(normed if self.mlp_norm is None else self.mlp_norm(before))
+            h = self._feed(normed if self.mlp_norm is None else self.mlp_norm(before), mlp_key)
         else:
-            h = self.mlp(self.mlp_norm(x) if self.prenorm else x)
+            h = self._feed(self.mlp_norm(x) if self.prenorm else x, mlp_key)
         x = x + self._branch(h, self.mlp_scale, drop2)
         x = x if self.prenorm else self.mlp_norm(x)
-        return site(f"{self.path}.output", x), cache
+        return site(f"{self.path}.output", x), WithMemory(own, memory) if isinstance(cache, WithMemory) else own
+
+    def _feed(self, x: Array, key: jax.Array | None) -> Array:
+        """The MLP; only one with a dropout of its own takes a key."""
+        return self.mlp(x, key=key) if getattr(self.mlp, "rate", 0.0) else self.mlp(x)
 
     def _branch(self, h: Array, scale: nnx.Param | None, key: jax.Array | None) -> Array:
         drop, path = (key, None) if self.drop_path == 0 else split(key, 2)
@@ -133,11 +154,25 @@ class Layers(nnx.Module):
         return (self[i] for i in range(self.depth))
 
     def empty_cache(self, batch: int, slots: int, dtype: jnp.dtype) -> dict[str, Any]:
-        """Empty storage for each layer's attention, stacked when the layers are."""
+        """Empty storage for each layer's attention, stacked when the layers are: whatever pytree of arrays, with the
+        batch as first axis, the attention's own ``empty_cache`` returns."""
         if not self.stacked:
             return {str(i): block.attention.empty_cache(batch, slots, dtype) for i, block in enumerate(self)}
         one = getattr(self, "*").attention.empty_cache(batch, slots, dtype)
         return {"*": jax.tree.map(lambda a: jnp.broadcast_to(a, (self.depth, *a.shape)), one)}
+
+    def remember(self, memory: Float[Array, "batch keys memory_width"]) -> dict[str, Any]:
+        """Each layer's keys and values of an encoder's output, stacked when the layers are."""
+        if not self.stacked:
+            return {str(i): block.cross_attention.remember(memory) for i, block in enumerate(self)}
+        graph, arrays = nnx.split(getattr(self, "*"))
+        names = tuple(f"{self.path}.{i}" for i in range(self.depth))
+        body, deliver = sites.looping(
+            lambda arrays: nnx.merge(graph, arrays).cross_attention.remember(memory), f"{self.path}.*", names
+        )
+        _, (made, parked) = jax.lax.scan(lambda _, one: (None, body(*one)), None, (jnp.arange(self.depth), arrays))
+        deliver(parked)
+        return {"*": made}
 
     def __call__(
         self, x: Array, *, cache: dict[str, Any] | None = None, key: jax.Array | None = None, **context: Any

@@ -30,21 +30,34 @@ class KeyValue:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class WithMemory:
+    """What a layer with cross-attention keeps: ``own``, the cache of its self-attention, and ``memory``, the keys and
+    values of the encoder's output, which no step changes."""
+
+    own: Any
+    memory: KeyValue
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Cache:
-    """``layers`` {layer name: KeyValue}, ``used`` the slots filled so far, ``valid`` which slots hold real tokens."""
+    """``layers`` {layer name: what its attention's ``empty_cache`` made}, ``used`` the slots filled so far, ``valid``
+    which slots hold real tokens, ``memory_valid`` which positions of the encoder's output are real (None: all)."""
 
     layers: dict[str, Any]
     used: Int[Array, ""]
     valid: Bool[Array, "batch slots"]
+    memory_valid: Bool[Array, "batch keys"] | None = None
 
     @property
     def slots(self) -> int:
         return self.valid.shape[1]
 
 
-def new_cache(layers: dict[str, Any], batch: int, slots: int) -> Cache:
+def new_cache(layers: dict[str, Any], batch: int, slots: int, memory_valid: jax.Array | None = None) -> Cache:
     """An empty cache around each layer's empty storage."""
-    return Cache(layers, jnp.zeros((), jnp.int32), jnp.zeros((batch, slots), bool))
+    memory_valid = None if memory_valid is None else memory_valid.astype(bool)
+    return Cache(layers, jnp.zeros((), jnp.int32), jnp.zeros((batch, slots), bool), memory_valid)
 
 
 def extend(cache: Cache, attention_mask: jax.Array | None, length: int) -> Cache:

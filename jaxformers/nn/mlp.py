@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jaxformers.nn.dropout import dropout
 from jaxformers.nn.linear import Linear
 from jaxformers.sites import site
 
@@ -44,7 +45,7 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
 class MLP(nnx.Module):
     """``down(act(up(x)))``, or with a gate ``down(act(gate(x)) · up(x))`` (GLU variants, arXiv 2002.05202).
 
-    Site ``hidden`` (…, mlp width) is what enters ``down``.
+    Site ``hidden`` (…, mlp width) is what enters ``down``, before dropout with ``rate`` (T5, BART).
     """
 
     def __init__(
@@ -55,17 +56,20 @@ class MLP(nnx.Module):
         act: str,
         gated: bool = False,
         bias: bool = True,
+        rate: float = 0.0,
         std: float = 0.02,
         rngs: nnx.Rngs,
     ):
         self.path = ""
-        self.act = act
+        self.act, self.rate = act, rate
         self.gate = Linear(width, hidden, bias=bias, std=std, rngs=rngs) if gated else None
         self.up = Linear(width, hidden, bias=bias, std=std, rngs=rngs)
         self.down = Linear(hidden, width, bias=bias, std=std, rngs=rngs)
         activation(act)
 
-    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+    def __call__(
+        self, x: Float[Array, "*batch width"], *, key: jax.Array | None = None
+    ) -> Float[Array, "*batch width"]:
         act = activation(self.act)
         hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
-        return self.down(site(f"{self.path}.hidden", hidden))
+        return self.down(dropout(site(f"{self.path}.hidden", hidden), self.rate, key))
