@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxformers import atomic, models, nn, resolve, surgery, weights
+from jaxformers import atomic, models, nn, paths, resolve, surgery, weights
 from jaxformers.models import config as configs
-from jaxformers.models.reading import expect_packed, fill
+from jaxformers.models.reading import dtype_of, expect_packed, fill
 from jaxformers.models.writing import to_tensors
 from jaxformers.nn.keys import Keys
 from jaxformers.safetensors_file import show
@@ -154,7 +154,12 @@ def init(config: Any, *, head: str | None = None, key: jax.Array, dtype: Any = N
         if head == "sentence":
             nn.new_sentence_head(model, pooling="mean", rngs=Keys(0))
         state = nnx.state(model)
-        return state if dtype is None else jax.tree.map(lambda a: a.astype(dtype), state)
+        if dtype is None:
+            return state
+        flat = paths.flatten(nnx.to_pure_dict(state))
+        flat = {path: leaf.astype(dtype_of(arch, path, dtype)) for path, leaf in flat.items()}
+        nnx.replace_by_pure_dict(state, paths.unflatten(flat))
+        return state
 
     def skeleton() -> nnx.Module:
         model = arch.Model(config, head=None if head == "sentence" else head, rngs=Keys(0))
@@ -202,7 +207,9 @@ def config_json(model: nnx.Module) -> dict[str, Any]:
     # one module may serve several model types (roberta, xlm-roberta, camembert): keep the checkpoint's own class
     if not (len(old) == 1 and _head_from_class(old[0], arch) == (model.head_name if in_heads else None)):
         hf["architectures"] = [resolve.class_name(ours, hf["model_type"])]
-    dtypes = {np.dtype(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(model))}
+    flat = paths.flatten(nnx.to_pure_dict(nnx.state(model)))
+    chosen = {path: leaf for path, leaf in flat.items() if not paths.matches(getattr(arch, "FLOAT32", ()), path)}
+    dtypes = {np.dtype(leaf.dtype) for leaf in jax.tree.leaves(chosen)}
     floats = {d for d in dtypes if jnp.issubdtype(d, jnp.floating)}
     if len(floats) == 1:
         hf.pop("torch_dtype", None)

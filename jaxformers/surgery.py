@@ -30,7 +30,8 @@ def copy(model: nnx.Module) -> nnx.Module:
 
 
 def find_linears(model: nnx.Module, patterns: paths.Patterns) -> list[tuple[str, Any]]:
-    """``[(path, Linear)]`` in the model's order, those whose path matches. Raises ValueError when none does."""
+    """``[(path, Linear)]`` in the model's order, those whose path matches. Raises ValueError when none does,
+    or when one has no matrix as kernel."""
     found = [
         (".".join(map(str, path)), module) for path, module in nnx.iter_modules(model) if hasattr(module, "kernel")
     ]
@@ -38,6 +39,12 @@ def find_linears(model: nnx.Module, patterns: paths.Patterns) -> list[tuple[str,
     if not hits:
         known = ", ".join(path for path, _ in found[:6])
         raise ValueError(f"targets {paths.as_tuple(patterns)}: no linear layer matches; there are {known}, …")
+    for path, module in hits:
+        if len(shape := module.kernel.get_value().shape) != 2:
+            raise ValueError(
+                f"targets {paths.as_tuple(patterns)}: {path} has a kernel of shape {tuple(shape)}, no matrix (it is a "
+                "convolution, or the experts of a mixture); leave it out"
+            )
     return sorted(hits, key=lambda hit: _natural(hit[0]))
 
 

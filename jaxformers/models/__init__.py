@@ -2,8 +2,9 @@
 
 Each module has ``Config``, ``Model``, ``KEYS`` and ``HEADS`` (parameter paths ↔ checkpoint names), ``PREFIX`` (under
 which a checkpoint with a head keeps the body; may be empty), ``BASE_CLASS`` and ``IGNORED`` (buffers that carry no
-weights). ``RENAMED``, where there is one, lists (pattern, replacement): from other writers' names to those in KEYS;
-``OPTIONAL`` names the model's parts that only some heads have; ``keys(config)`` adds to KEYS what a config decides.
+weights). Where there is one: ``RENAMED`` lists (pattern, replacement): from other writers' names to those in KEYS;
+``OPTIONAL`` names the model's parts that only some heads have; ``keys(config)`` adds to KEYS, and ``ignored(config)``
+to IGNORED, what a config decides; ``FLOAT32`` lists patterns of parameters that never get less precision.
 """
 
 import importlib
@@ -19,6 +20,7 @@ ARCHITECTURES = {
     "clip_text_model": "clip_text",
     "clip_vision_model": "clip_vision",
     "deberta-v2": "deberta_v2",
+    "deepseek_v3": "deepseek_v3",
     "deit": "deit",
     "dinov2": "dinov2",
     "distilbert": "distilbert",

@@ -24,13 +24,16 @@ class HF:
     """A module of the checkpoint. ``conv1d``: its weight is stored (in, out), as GPT-2's Conv1D does. ``part`` (i, n):
     our module is the i-th of n slices of its outputs (a fused query/key/value projection). The slices are equal and
     follow each other, unless ``rows`` says which outputs belong to each: ``rows(config) -> n arrays of indices``.
-    ``ones``: the tensor there has so many leading axes of length 1 (a class token, a position table)."""
+    ``ones``: the tensor there has so many leading axes of length 1 (a class token, a position table).
+    ``whole`` (name, i, n): our parameter stacks one module an expert, whose number stands for the ``{{}}`` in ``name``;
+    some writers keep them all in one tensor ``whole[0]`` (experts, out, in) instead, as the i-th of n slices of out."""
 
     name: str
     conv1d: bool = False
     part: tuple[int, int] = (0, 1)
     rows: Callable[[Any], Sequence[np.ndarray]] | None = None
     ones: int = 0
+    whole: tuple[str, int, int] | None = None
 
     def outputs(self, config: Any, total: int) -> np.ndarray:
         """Which of the ``total`` outputs of the fused layer are this part's."""
@@ -56,7 +59,8 @@ def lookup(keys: Keys, path: str) -> tuple[HF, str] | None:
     if module in keys and leaf in LEAVES:
         entry = keys[module]
         entry = HF(entry) if isinstance(entry, str) else entry
-        return dataclasses.replace(entry, name=entry.name.format(*numbers)), LEAVES[leaf]
+        whole = entry.whole and (entry.whole[0].format(*numbers), *entry.whole[1:])
+        return dataclasses.replace(entry, name=entry.name.format(*numbers), whole=whole), LEAVES[leaf]
     return None
 
 

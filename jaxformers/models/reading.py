@@ -11,6 +11,7 @@ from flax import nnx
 
 from jaxformers import paths, surgery, weights
 from jaxformers.mesh import sharding as sharding_of
+from jaxformers.models import stacked
 from jaxformers.models.keymap import (
     HF,
     all_keys,
@@ -118,10 +119,14 @@ def fill(
         raise CheckpointError(f"{checkpoint.directory}: tensors that have no place in this model: {_some(unmapped)}")
     values = {}
     for path, read in plan.items():
-        values[path] = read() if mapped else _place(path, read(), dtype, mesh)
+        value = read()
+        if not mapped:
+            value = _place(path, value, dtype_of(arch, path, dtype), mesh)
+        values[path] = value[:] if isinstance(value, stacked.Stack) else value
         checkpoint.release()  # the file's pages make room for the next tensor
     if fresh:
-        values.update({path: _place(path, value, dtype, mesh) for path, value in _fresh(model, fresh, key).items()})
+        new = _fresh(model, fresh, key)
+        values.update({path: _place(path, value, dtype_of(arch, path, dtype), mesh) for path, value in new.items()})
     for path, leaf in flat.items():
         if values[path].shape != leaf.shape:
             raise CheckpointError(
@@ -129,6 +134,15 @@ def fill(
             )
     graph, _ = nnx.split(model)
     return surgery.named(nnx.merge(graph, paths.unflatten(values)))
+
+
+def dtype_of(arch: Any, path: str, dtype: Any) -> Any:
+    """The dtype for the parameter at ``path`` where the user wants ``dtype``.
+
+    What ``arch.FLOAT32`` names keeps 32 bits, since it decides something (a router's choice).
+    """
+    narrow = dtype is not None and np.dtype(dtype).itemsize < 4
+    return np.dtype(np.float32) if narrow and paths.matches(getattr(arch, "FLOAT32", ()), path) else dtype
 
 
 def _reader(names: Names, path: str, entry: HF, leaf_name: str, leaf: Any) -> Callable[[], Any] | None:
@@ -142,6 +156,8 @@ def _reader(names: Names, path: str, entry: HF, leaf_name: str, leaf: Any) -> Ca
         except ValueError as error:
             raise ValueError(f"{entry.name}: {error}") from error
         return lambda: value
+    if entry.whole is not None:
+        return stacked.reader(names.get, entry, leaf_name, tuple(leaf.shape))
     tensor = names.get(tensor_name(entry.name, leaf_name))
     if tensor is None:
         return None
@@ -217,7 +233,7 @@ def _place(path: str, value: Any, dtype: Any, mesh: jax.sharding.Mesh | None) ->
         )
     wanted = np.dtype(dtype) if dtype is not None and jnp.issubdtype(value.dtype, jnp.floating) else value.dtype
     if mesh is None:  # a copy, never an alias of the file
-        return jnp.array(value, dtype=None if wanted == value.dtype else wanted)
+        return jnp.array(np.asarray(value), dtype=None if wanted == value.dtype else wanted)
     sharding = sharding_of(mesh, path, value.shape)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: np.array(value[index], wanted, order="C"))
 
@@ -242,9 +258,10 @@ def _unmapped(names: Names, model: nnx.Module, arch: Any, skip: Callable[[str], 
         if path.partition(".")[0] in absent:
             optional[path] = entry
     other = expected({**heads, **optional}, names.in_file)
+    ignored = (*arch.IGNORED, *(arch.ignored(names.config) if hasattr(arch, "ignored") else ()))
     left = []
     for plain, name in names.in_file.items():
-        if name in names.used or plain in other or skip(name) or any(re.fullmatch(p, plain) for p in arch.IGNORED):
+        if name in names.used or plain in other or skip(name) or any(re.fullmatch(p, plain) for p in ignored):
             continue
         module, _, suffix = plain.rpartition(".")
         if suffix == "bias" and f"{module}.qweight" in names.in_file and not np.any(names.checkpoint[name].read()):

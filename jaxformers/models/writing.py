@@ -1,11 +1,13 @@
 """A model's parameters as the named tensors of a Hugging Face checkpoint."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from jaxformers import paths, weights
+from jaxformers.models import stacked
 from jaxformers.models.keymap import HF, all_keys, body_keys, lookup, own_name, prefix_of, tensor_name, turned
 
 FUSED = {"weight", "bias", "qweight", "qzeros", "scales", "g_idx"}  # tensors that the parts of a fused layer share
@@ -31,7 +33,9 @@ def to_tensors(model: nnx.Module, arch: Any) -> tuple[list[tuple], dict[str, np.
         entry, leaf_name = found
         body = found == lookup(body_keys(arch, model.config), path)
         name = f"{prefix if body else ''}{entry.name}".rstrip(".")
-        if entry.part[1] > 1:
+        if entry.whole is not None and not weights.is_typed(leaf):
+            tensors += stacked.tensors(dataclasses.replace(entry, name=name), leaf_name, leaf)
+        elif entry.part[1] > 1:
             fused.setdefault(f"{name}\n{path.rpartition('.')[2]}", {})[entry.part[0]] = (entry, leaf_name, leaf)
         else:
             tensors += [(tensor_name(name, s), *rest) for s, *rest in _layer_tensors(path, entry, leaf_name, leaf)]
@@ -41,6 +45,7 @@ def to_tensors(model: nnx.Module, arch: Any) -> tuple[list[tuple], dict[str, np.
 
 
 def _layer_tensors(path: str, entry: HF, leaf_name: str, leaf: Any) -> list[tuple]:
+    """``[(suffix, shape, dtype, read)]`` of one parameter."""
     if weights.is_typed(leaf):
         found = leaf.to_tensors()
         if entry.conv1d and "weight" in found:

@@ -3,11 +3,12 @@
 from jaxformers.nn.adapter import Adapter, add_adapters
 from jaxformers.nn.attention import Attention, Mask, attend, causal_mask
 from jaxformers.nn.block import Block, Layers, drop_path
-from jaxformers.nn.cache import Cache, KeyValue, WithMemory, advance, new_cache
+from jaxformers.nn.cache import Cache, KeyValue, Latent, WithMemory, advance, new_cache
 from jaxformers.nn.conv import Conv
 from jaxformers.nn.decoder import decode, empty_cache
 from jaxformers.nn.dropout import dropout, split
 from jaxformers.nn.embeddings import Embeddings, check_length, padded_positions
+from jaxformers.nn.experts import ExpertLinear, Experts, MoE, balance_loss, check_routing, route
 from jaxformers.nn.heads import (
     CausalLMHead,
     ClassificationHead,
@@ -20,6 +21,7 @@ from jaxformers.nn.heads import (
 )
 from jaxformers.nn.keys import Keys
 from jaxformers.nn.linear import Embed, Linear
+from jaxformers.nn.mla import LatentAttention
 from jaxformers.nn.mlp import MLP, activation
 from jaxformers.nn.norms import LayerNorm, RMSNorm
 from jaxformers.nn.output import Output
@@ -36,6 +38,7 @@ from jaxformers.nn.vision import (
 )
 
 __all__ = [
+    "ExpertLinear", "Experts", "Latent", "LatentAttention", "MoE", "balance_loss", "check_routing", "route",
     "GridBias", "ImageEmbeddings", "drop_path_rates", "offsets", "pixel_shuffle", "resize",
     "Memory", "WithMemory", "memory_cache", "memory_context", "shift_right",
     "Adapter", "Attention", "Block", "Cache", "CausalLMHead", "ClassificationHead", "Conv", "Embed", "Embeddings",

@@ -1,4 +1,7 @@
-"""The key/value cache of a decoder: static shapes, so that every decoding step runs the same compiled code."""
+"""A decoder's cache of keys and values, or of what they come from.
+
+Shapes are static, so that every decoding step runs the same compiled code.
+"""
 
 import dataclasses
 from typing import Any
@@ -36,6 +39,22 @@ class WithMemory:
 
     own: Any
     memory: KeyValue
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """One layer's lines by slot, (B, S, width), that all heads share: :class:`jaxformers.nn.LatentAttention`."""
+
+    line: Float[Array, "batch slots width"]
+
+    def write(self, line: jax.Array, start: jax.Array) -> "Latent":
+        """Put new lines (B, L, width) at slots ``start … start + L − 1``."""
+        return Latent(jax.lax.dynamic_update_slice(self.line, line.astype(self.line.dtype), (0, start, 0)))
+
+    def read(self, dtype: jnp.dtype) -> Float[Array, "batch slots width"]:
+        """All lines."""
+        return self.line.astype(dtype)
 
 
 @jax.tree_util.register_dataclass
