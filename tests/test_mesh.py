@@ -68,6 +68,13 @@ def test_rules():
     assert cut("head.decoder.kernel", 8, 20) == P("fsdp", "tensor")
     assert cut("head.bias", 20) == P("tensor") == cut("head.decoder.bias", 20)
     assert cut("layers.0.mlp_norm.scale", 8) == P() == cut("final_norm.scale", 8)
+    assert cut("layers.0.attention.kv_down.kernel", 8, 12) == P("fsdp", None)  # one line for all heads
+    assert cut("layers.0.attention.kv_up.kernel", 6, 16) == P(None, "tensor")
+    assert cut("layers.0.mlp.experts.up.kernel", 4, 8, 12) == P(None, "fsdp", "tensor")
+    assert cut("layers.*.mlp.experts.down.kernel", 3, 4, 12, 8) == P(None, None, "tensor", "fsdp")
+    assert spec(jf.mesh("expert=4,fsdp=2"), "layers.0.mlp.experts.down.kernel", (4, 12, 8)) == P("expert", None, "fsdp")
+    assert cut("layers.0.mlp.router.kernel", 8, 4) == P("fsdp", None)
+    assert cut("layers.0.mlp.shared.down.kernel", 12, 8) == P("tensor", "fsdp")
     assert cut("layers.0.attention.query.kernel.base", 8, 8) == P("fsdp", "tensor")  # inside a typed weight
     assert cut("layers.0.attention.query.kernel.b", 2, 8) == P("fsdp", "tensor")
     assert spec(jf.mesh("data=8"), "layers.0.attention.query.kernel", (8, 8)) == P(None, None)

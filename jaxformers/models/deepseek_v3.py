@@ -82,6 +82,12 @@ class Config:
             groups=config.n_group,
             top_groups=config.topk_group,
         )
+        heads = hf.get("num_key_value_heads") or config.num_attention_heads
+        if heads != config.num_attention_heads:
+            raise ValueError(
+                f"config.json: num_key_value_heads must be num_attention_heads ({config.num_attention_heads}), as all "
+                f"of them share one latent, got {show(heads)}"
+            )
         rotary = nn.rotary_from_hf(dict(hf), config.qk_rope_head_dim, interleaved=config.rope_interleave)
         return dataclasses.replace(config, rotary=rotary)
 
@@ -94,7 +100,7 @@ class Config:
             hf["rope_parameters"] = nn.rotary_to_hf(self.rope)
             if self.mscale_all_dim:
                 hf["rope_parameters"]["mscale_all_dim"] = self.mscale_all_dim
-        return hf | {"q_lora_rank": self.q_lora_rank}
+        return hf | {"q_lora_rank": self.q_lora_rank, "num_key_value_heads": self.num_attention_heads}
 
     @property
     def rope(self) -> nn.Rotary:

@@ -28,6 +28,11 @@ ELECTRA = {**ENCODER, "embedding_size": 8}
 ESM = {**ENCODER, "pad_token_id": 1, "mask_token_id": 5}
 DEBERTA = {**ENCODER, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
 V3 = {**DEBERTA, "position_buckets": 4, "share_att_key": True, "norm_rel_ebd": "layer_norm"}
+DEEPSEEK = {
+    **ENCODER, "num_key_value_heads": 2, "moe_intermediate_size": 12, "n_shared_experts": 2, "n_routed_experts": 6,
+    "num_experts_per_tok": 2, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1, "q_lora_rank": 8,
+    "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5, "pad_token_id": 0,
+}  # fmt: skip
 LABELS = {"num_labels": 3}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 10000.0}
 
@@ -100,6 +105,24 @@ VARIANTS = {
     "qwen2-tokens": ("Qwen2ForTokenClassification", {**LLAMA, **LABELS}),
     "glm-tied": ("GlmForCausalLM", {**GLM, "tie_word_embeddings": True, "attention_bias": False}),
     "glm-sequence": ("GlmForSequenceClassification", {**GLM, **LABELS}),
+    "deepseek-direct": (
+        "DeepseekV3ForCausalLM",
+        {
+            **DEEPSEEK,
+            "q_lora_rank": None,
+            "attention_bias": True,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "max_position_embeddings": 64,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
+        },
+    ),
+    "deepseek-sequence": ("DeepseekV3ForSequenceClassification", {**DEEPSEEK, **LABELS, "rope_interleave": False}),
+    "deepseek-tokens": (
+        "DeepseekV3ForTokenClassification",
+        {**DEEPSEEK, **LABELS, "first_k_dense_replace": 0, "num_experts_per_tok": 4, "hidden_act": "gelu"},
+    ),
     "neox-serial": ("GPTNeoXForCausalLM", {**NEOX, "use_parallel_residual": False, "attention_bias": False}),
     "neox-linear": ("GPTNeoXForCausalLM", {**NEOX, "rope_scaling": {"type": "linear", "factor": 2.0}}),
     "neox-sequence": ("GPTNeoXForSequenceClassification", {**NEOX, **LABELS, "pad_token_id": 0}),
@@ -128,6 +151,9 @@ def build(name: str):
         for parameter in model.parameters():
             wide = parameter.ndim > 1
             parameter.copy_(torch.randn(parameter.shape) * (0.4 if wide else 0.2) + (0 if wide else 0.5))
+        for buffer_name, buffer in model.named_buffers():
+            if "correction" in buffer_name:  # of a router: as good as a weight
+                buffer.copy_(torch.randn(buffer.shape) * 0.2)
     return model
 
 

@@ -8,6 +8,7 @@ import jaxformers as jf
 from jaxformers.models.distilbert import sinusoids
 
 NAMES = (
+    "deepseek-direct", "deepseek-sequence", "deepseek-tokens",
     "bert-base", "bert-mlm-untied", "bert-tokens", "bigcode-mha", "bigcode-mqa", "bigcode-sequence", "bigcode-tokens",
     "camembert-mlm", "deberta-new-mlm", "deberta-sequence", "deberta-tokens", "deberta-unshared", "deberta-v2-conv",
     "deberta-v3-mlm", "distilbert-mlm", "distilbert-mlm-untied", "distilbert-tokens", "electra-mlm-untied",
