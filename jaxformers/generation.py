@@ -49,6 +49,7 @@ def generate(
     tokenizer: Tokenizer | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     batch_size: int = 64,
+    pixel_values: Float[Array, "images channels height width"] | None = None,
 ) -> Any:
     """Continue each prompt by at most ``max_new_tokens`` tokens.
 
@@ -65,7 +66,11 @@ def generate(
     of ``config.json``, else the tokenizer's. ``()`` never stops. ``tokenizer`` defaults to the one in the directory the
     model came from, and is not needed for ids. ``batch_size`` prompts run at a time, the longest first.
 
-    Raises ValueError: a model without a causal language model's head; an empty prompt, ids outside the vocabulary, or a
+    ``pixel_values``: the images of all prompts, for a model that reads images (LLaVA), in the order of their image
+    tokens.
+
+    Raises ValueError: a model without a causal language model's head; images that do not match the prompts' image
+    tokens; an empty prompt, ids outside the vocabulary, or a
     prompt that with ``max_new_tokens`` exceeds the model's positions; settings out of range; sampling without a key; no
     tokenizer for a text.
     """
@@ -82,12 +87,14 @@ def generate(
         tokenizer = _tokenizer(model)
     rows = _rows(prompts, single, texts, tokenizer, model.config, max_new_tokens)
     ends = _end_tokens(model, tokenizer, eos_token_id)
+    images = _images(model, rows, pixel_values)
     program = _Program.of(model)
     found: list[list[int]] = [[] for _ in rows]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
-        new = program.run([rows[i] for i in chunk], chunk, max_new_tokens, ends, sampler)
+        first = {} if images is None else _padded_images([images[i] for i in chunk])
+        new = program.run([rows[i] for i in chunk], chunk, max_new_tokens, ends, sampler, first)
         for i, ids in zip(chunk, new, strict=True):
             found[i] = ids
     if texts:
@@ -111,9 +118,16 @@ class _Program(NamedTuple):
         return cls(graph, nnx.to_pure_dict(state), getattr(model.config, "max_position_embeddings", None))
 
     def run(
-        self, rows: list[list[int]], numbers: list[int], max_new_tokens: int, ends: tuple[int, ...], sampler: Sampler
+        self,
+        rows: list[list[int]],
+        numbers: list[int],
+        max_new_tokens: int,
+        ends: tuple[int, ...],
+        sampler: Sampler,
+        first: dict[str, Any],
     ) -> list[list[int]]:
-        """The new ids of each of ``rows``; ``numbers`` are their places in the user's list."""
+        """The new ids of each of ``rows``; ``numbers`` are their places in the user's list. ``first``: what else the
+        model reads with the prompts."""
         from jaxformers.data.padding import bucket, length_buckets, pad_rows
 
         # of the positions, max_new_tokens are spoken for; padding takes slots of the cache, never more than positions
@@ -135,6 +149,7 @@ class _Program(NamedTuple):
             np.int32(max_new_tokens),
             stop,
             sampler,
+            first,
             new_slots=new_slots,
         )
         return [_cut(row.tolist(), ends, max_new_tokens) for row in np.asarray(tokens)[: len(rows)]]
@@ -151,6 +166,7 @@ def _decode(
     max_new_tokens: Int[Array, ""],
     stop: Int[Array, "ends"],
     sampler: Sampler,
+    first: dict[str, Any],
     *,
     new_slots: int,
 ) -> Int[Array, "batch new"]:
@@ -158,8 +174,10 @@ def _decode(
     batch, length = input_ids.shape
     keys = jax.vmap(jax.random.fold_in, (None, 0))(sampler.key, numbers)
 
-    def forward(ids: jax.Array, mask: jax.Array | None, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        out = model(ids, mask, position_ids=positions, cache=cache, logits_to_keep=1)
+    def forward(
+        ids: jax.Array, mask: jax.Array | None, positions: jax.Array, cache: Any, **first: Any
+    ) -> tuple[jax.Array, Any]:
+        out = model(ids, mask, position_ids=positions, cache=cache, logits_to_keep=1, **first)
         return out.logits[:, -1].astype(jnp.float32), out.cache
 
     def choose(logits: jax.Array, step: jax.Array) -> jax.Array:
@@ -167,7 +185,7 @@ def _decode(
 
     cache = model.empty_cache(batch, length + new_slots)
     positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
-    logits, cache = forward(input_ids, attention_mask, positions, cache)
+    logits, cache = forward(input_ids, attention_mask, positions, cache, **first)
     token = choose(logits, 0)
     tokens = jnp.zeros((batch, new_slots), jnp.int32).at[:, 0].set(token)
     done = done | jnp.isin(token, stop)
@@ -290,6 +308,36 @@ def _rows(
     return rows
 
 
+def _images(model: nnx.Module, rows: list[list[int]], pixel_values: Any) -> list[np.ndarray] | None:
+    """The images of each prompt."""
+    if not hasattr(model, "count_images"):
+        if pixel_values is not None:
+            raise ValueError(f"pixel_values: {type(model).__name__} reads no images")
+        return None
+    if pixel_values is None:
+        token = model.config.image_token_index
+        i = next((i for i, row in enumerate(rows) if token in row), None)
+        if i is not None:
+            raise ValueError(f"pixel_values: prompts item {i} has image tokens ({token}); give the images")
+        return None
+    pixel_values = np.asarray(pixel_values)
+    if pixel_values.ndim != 4 or pixel_values.dtype.kind != "f":
+        raise ValueError(
+            f"pixel_values: expected floating-point numbers (images, channels, height, width), got "
+            f"{pixel_values.dtype} of shape {pixel_values.shape}"
+        )
+    counts = model.count_images(rows, pixel_values)
+    return np.split(pixel_values, np.cumsum(counts)[:-1])
+
+
+def _padded_images(images: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """The images of several prompts as one array of a size that is compiled for, and which of it are real."""
+    real = np.concatenate(images)
+    size = next((n for n in BATCHES if n >= len(real)), -(-len(real) // 64) * 64)
+    padding = np.zeros((size - len(real), *real.shape[1:]), real.dtype)
+    return {"pixel_values": np.concatenate([real, padding]), "image_mask": (np.arange(size) < len(real)).astype(int)}
+
+
 def _tokenizer(model: nnx.Module) -> Tokenizer:
     from jaxformers.data.tokenizers import load_tokenizer
 
@@ -306,7 +354,8 @@ def _end_tokens(model: nnx.Module, tokenizer: Tokenizer | None, given: Any) -> t
 
         found = read_json(file).get("eos_token_id")
     if found is None:
-        found = json.loads(model.config.hf).get("eos_token_id")
+        hf = json.loads(model.config.hf)
+        found = hf.get("eos_token_id", (hf.get("text_config") or {}).get("eos_token_id"))
     if found is None and tokenizer is not None:
         found = tokenizer.eos_id
     ends = () if found is None else tuple(np.atleast_1d(np.asarray(found)).tolist())

@@ -10,7 +10,6 @@ its dtype and place: never more than one of them is held twice.
 import dataclasses
 import json
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from jaxformers.safetensors_io import (
 from jaxformers.weights import gptq_format
 
 NO_HEAD = "none"
+module_of = models.module_of
 _HEAD_OF_CLASS = (
     ("ForMaskedLM", "masked_lm"),
     ("ForPreTraining", "masked_lm"),
@@ -268,10 +268,6 @@ def _check_head(head: str | None, arch: Any) -> None:
     if head is not None and head != "sentence" and head not in arch.HEADS:
         known = ", ".join((*arch.HEADS, "sentence", NO_HEAD))
         raise ValueError(f"head: {arch.Model.__name__} has no head {head!r}; it has {known}")
-
-
-def module_of(config: Any) -> Any:
-    return sys.modules[type(config).__module__]
 
 
 def _kernels(model: nnx.Module) -> list[tuple[str, Any]]:

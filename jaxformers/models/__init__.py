@@ -8,7 +8,9 @@ to IGNORED, what a config decides; ``FLOAT32`` lists patterns of parameters that
 """
 
 import importlib
+import sys
 from types import ModuleType
+from typing import Any
 
 from jaxformers.safetensors_file import show
 
@@ -33,6 +35,7 @@ ARCHITECTURES = {
     "gpt_neox": "gpt_neox",
     "gptj": "gptj",
     "llama": "llama",
+    "llava": "llava",
     "mistral": "mistral",
     "mpnet": "mpnet",
     "opt": "opt",
@@ -50,3 +53,8 @@ def architecture(model_type: str) -> ModuleType:
             f"config.json: model_type {show(model_type)} is not known; known are {', '.join(ARCHITECTURES)}"
         )
     return importlib.import_module(f"jaxformers.models.{ARCHITECTURES[model_type]}")
+
+
+def module_of(config: Any) -> ModuleType:
+    """The architecture that a Config belongs to."""
+    return sys.modules[type(config).__module__]

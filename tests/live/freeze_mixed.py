@@ -20,6 +20,15 @@ LEGACY = {**TEXT, "eos_token_id": 2, "hidden_act": "gelu"}
 CLIP = {"vision_config": VISION, "text_config": TEXT, "projection_dim": 7}
 OLD_CLIP = {**CLIP, "vision_config": {**VISION, "hidden_act": "gelu"}, "text_config": LEGACY,
             "logit_scale_init_value": 1.5}  # fmt: skip
+MISTRAL = {**SIZES, "model_type": "mistral", "vocab_size": 40, "num_key_value_heads": 1, "sliding_window": 8,
+           "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
+GPT2 = {"model_type": "gpt2", "vocab_size": 40, "n_embd": 12, "n_layer": 2, "n_head": 2, "n_positions": 64,
+        "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+TIED = {**MISTRAL, "model_type": "llama", "sliding_window": None, "tie_word_embeddings": True}
+LLAVA = {"image_token_index": 37, "vision_config": {**VISION, "model_type": "clip_vision_model"}}
+FULL = {**LLAVA, "text_config": MISTRAL, "vision_feature_select_strategy": "full", "vision_feature_layer": [0, -1],
+        "multimodal_projector_bias": False, "projector_hidden_act": "relu"}  # fmt: skip
+VIT = {**LLAVA, "text_config": GPT2, "vision_config": {**SIZES, "image_size": 12, "patch_size": 4, "model_type": "vit"}}
 
 # name: (class, settings of its config, what its inputs are)
 VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -30,6 +39,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "clip-vision-projection": ("CLIPVisionModelWithProjection", VISION, "wide"),
     "clip-text": ("CLIPTextModel", TEXT, "texts"),
     "clip-text-projection": ("CLIPTextModelWithProjection", LEGACY, "texts"),
+    "llava-mistral": ("LlavaForConditionalGeneration", FULL, "chats"),
+    "llava-gpt2": ("LlavaForConditionalGeneration", VIT, "chats"),
+    "llava-base": ("LlavaModel", {**LLAVA, "text_config": MISTRAL}, "chats"),
+    "llava-tied": ("LlavaForConditionalGeneration", {**LLAVA, "text_config": TIED}, "chats"),
 }
 
 
@@ -47,11 +60,14 @@ def build(name: str) -> Any:
             if parameter.ndim:  # a scale stays where the config puts it
                 wide = parameter.ndim > 1
                 parameter.copy_(torch.randn(parameter.shape) * (0.4 if wide else 0.2) + (0 if wide else 0.5))
+    if model.can_generate():
+        model.generation_config.eos_token_id = None
     return model
 
 
 def batch(name: str) -> dict[str, np.ndarray]:
-    """Images (2 of the config's size, or wider than high), texts (3: full, padded on the right, on the left)."""
+    """Images (2 of the config's size, or wider than high), texts (3: full, padded on the right, on the left), chats
+    (3 padded on the left, with two images, none and one)."""
     rng = np.random.default_rng(sum(name.encode()))
     kinds, found = VARIANTS[name][2].split(), {}
     if "images" in kinds or "wide" in kinds:
@@ -62,6 +78,14 @@ def batch(name: str) -> dict[str, np.ndarray]:
         mask[1, 6:] = mask[2, :3] = 0
         ids[:, -2] = ids[1, 4] = 39  # the end token, followed by another token, or by padding
         found |= {"input_ids": np.where(mask == 1, ids, 1), "attention_mask": mask}
+    if "chats" in kinds:
+        each = 10 if VARIANTS[name][1].get("vision_feature_select_strategy") == "full" else 9
+        ids = rng.integers(3, 37, (3, 25))
+        ids[0, 2 : 2 + each] = ids[0, 4 + each : 4 + 2 * each] = ids[2, 12 : 12 + each] = 37
+        mask = np.ones_like(ids)
+        mask[1, :8] = mask[2, :4] = 0
+        pixels = rng.standard_normal((3, 3, 12, 12)).astype(np.float32)
+        found = {"pixel_values": pixels, "input_ids": np.where(mask == 1, ids, 0), "attention_mask": mask}
     return found
 
 
@@ -70,9 +94,16 @@ def run(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     import torch
 
     options = {"interpolate_pos_encoding": True} if inputs.get("pixel_values", np.zeros(1)).shape[-1] == 20 else {}
+    inputs = {k: torch.from_numpy(v) for k, v in inputs.items()}
     with torch.no_grad():
-        out = model(**{k: torch.from_numpy(v) for k, v in inputs.items()}, **options)
-    return flat(out)
+        out = model(**inputs, **options)
+        found = flat({k: v for k, v in out.items() if k not in ("image_outputs", "cache", "past_key_values")})
+        if getattr(out, "image_outputs", None) is not None:
+            found["image_hidden_states"] = torch.stack(out.image_outputs.pooler_output).numpy()
+        if model.can_generate():
+            ids = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0)
+            found["generated"] = ids[:, inputs["input_ids"].shape[1] :].numpy()
+    return found
 
 
 def flat(out: Any) -> dict[str, np.ndarray]:
