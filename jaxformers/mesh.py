@@ -35,6 +35,11 @@ LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("**.mlp.{up,gate}.kernel", ("embed", "mlp")),
     ("**.mlp.{up,gate}.bias", ("mlp",)),
     ("**.mlp.down.kernel", ("mlp", "embed")),
+    ("**.mlp.conv.kernel", (None, None, None, "mlp")),  # depthwise: each hidden channel has its own filter
+    ("**.mlp.conv.bias", ("mlp",)),
+    ("**.attention.relative.table", (None, "heads")),
+    ("**.attention.reduce.conv.kernel", (None, None, "embed", None)),
+    ("**embeddings.patch.kernel", (None, None, None, "embed")),
     ("**embeddings.token.embedding", ("vocab", "embed")),
     ("**embeddings.*.embedding", (None, "embed")),
     ("**head.decoder.kernel", ("embed", "vocab")),

@@ -41,6 +41,8 @@ ARCHITECTURES = {
     "opt": "opt",
     "qwen2": "qwen2",
     "roberta": "roberta",
+    "segformer": "segformer",
+    "swin": "swin",
     "vit": "vit",
     "xlm-roberta": "roberta",
 }

@@ -52,6 +52,24 @@ def pair(hf: Mapping[str, Any], name: str, default: int) -> tuple[int, int]:
     return tuple(both)
 
 
+def counts(hf: Mapping[str, Any], name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    """One number per stage of a hierarchical model. Raises ValueError for anything else."""
+    value = hf.get(name)
+    value = default if value is None else value
+    whole = isinstance(value, list | tuple) and all(type(n) is int and 0 < n < 1 << 20 for n in value)
+    if not whole or not 0 < len(value) <= 64 or (name == "depths" and sum(value) > LIMITS["num_hidden_layers"]):
+        raise ValueError(f"config.json: {name} must list one number of 1 or more per stage, got {show(value)}")
+    return tuple(value)
+
+
+def same_length(config: Any, *names: str) -> None:
+    """Raise ValueError when the fields ``names`` do not all speak of the same number of stages."""
+    lengths = {name: len(getattr(config, name)) for name in names}
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{name} {n}" for name, n in lengths.items())
+        raise ValueError(f"config.json: there must be one number per stage in all of these lists, got {listed}")
+
+
 def put_pairs(hf: dict[str, Any], config: Any, *names: str) -> dict[str, Any]:
     """``hf`` with the sizes ``names`` of ``config``, in the form in which they were read where they are the same."""
     for name in names:

@@ -78,16 +78,16 @@ class DINOv2(nnx.Module):
             std=std,
             rngs=rngs,
         )
-        rates = nn.drop_path_rates(c.drop_path_rate, c.num_hidden_layers)
-        self.layers = nn.Layers([self._block(c, rate, rngs) for rate in rates])
+        self.layers = nn.Layers([self._block(c, rngs) for _ in range(c.num_hidden_layers)])
         self.final_norm = nn.LayerNorm(width, eps=c.layer_norm_eps)
         self.head = nnx.data(None)
         if head == "image_classification":
             self.head = nn.ClassificationHead(2 * width, c.num_labels, std=std, rngs=rngs)
 
     @staticmethod
-    def _block(c: Config, rate: float, rngs: nnx.Rngs) -> nn.Block:
-        block = vit.block(c, rngs, layer_scale=c.layerscale_value, drop_path=rate)
+    def _block(c: Config, rngs: nnx.Rngs) -> nn.Block:
+        # one rate of stochastic depth for all layers, as DINOv2 was trained
+        block = vit.block(c, rngs, layer_scale=c.layerscale_value, drop_path=c.drop_path_rate or None)
         if c.use_swiglu_ffn:
             std = c.initializer_range
             block.mlp = nn.MLP(c.hidden_size, c.intermediate_size, act="silu", gated=True, std=std, rngs=rngs)

@@ -26,7 +26,8 @@ class HF:
     follow each other, unless ``rows`` says which outputs belong to each: ``rows(config) -> n arrays of indices``.
     ``ones``: the tensor there has so many leading axes of length 1 (a class token, a position table).
     ``whole`` (name, i, n): our parameter stacks one module an expert, whose number stands for the ``{{}}`` in ``name``;
-    some writers keep them all in one tensor ``whole[0]`` (experts, out, in) instead, as the i-th of n slices of out."""
+    some writers keep them all in one tensor ``whole[0]`` (experts, out, in) instead, as the i-th of n slices of out.
+    ``top``: the tensor is at the top of a checkpoint whose body, under its prefix, may have one of the same name."""
 
     name: str
     conv1d: bool = False
@@ -34,6 +35,7 @@ class HF:
     rows: Callable[[Any], Sequence[np.ndarray]] | None = None
     ones: int = 0
     whole: tuple[str, int, int] | None = None
+    top: bool = False
 
     def outputs(self, config: Any, total: int) -> np.ndarray:
         """Which of the ``total`` outputs of the fused layer are this part's."""

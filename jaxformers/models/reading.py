@@ -36,7 +36,14 @@ class Names:
     def __init__(self, checkpoint: Checkpoint, arch: Any, config: Any):
         self.checkpoint, self.config, self.used = checkpoint, config, set()
         self.in_file: dict[str, str] = {}
+        self.top: dict[str, str] = {}  # what stands beside the prefixed body and is asked for there
+        entries = (e for _, table in arch.HEADS.values() for e in table.values() if isinstance(e, HF) and e.top)
+        beside = tuple(f"{entry.name}." for entry in entries)
+        prefixed = any(name.startswith(f"{arch.PREFIX}.") for name in checkpoint)
         for name in checkpoint:
+            if prefixed and name.startswith(beside):
+                self.top[name] = name
+                continue
             plain = name.removeprefix(f"{arch.PREFIX}.") if arch.PREFIX else name
             for pattern, today in getattr(arch, "RENAMED", ()):  # layouts of older or newer writers
                 plain = re.sub(pattern, today, plain)
@@ -47,8 +54,8 @@ class Names:
                 raise CheckpointError(f"{checkpoint.directory}: several tensors for one parameter: {both}")
             self.in_file[plain] = name
 
-    def get(self, name: str) -> LazyTensor | None:
-        found = self.in_file.get(name)
+    def get(self, name: str, top: bool = False) -> LazyTensor | None:
+        found = (self.top if top else self.in_file).get(name)
         if found is None and name.endswith(".decoder.bias"):  # masked-LM heads used to store it beside the decoder only
             found = self.in_file.get(name.removesuffix("decoder.bias") + "bias")
         if found is not None:
@@ -158,7 +165,7 @@ def _reader(names: Names, path: str, entry: HF, leaf_name: str, leaf: Any) -> Ca
         return lambda: value
     if entry.whole is not None:
         return stacked.reader(names.get, entry, leaf_name, tuple(leaf.shape))
-    tensor = names.get(tensor_name(entry.name, leaf_name))
+    tensor = names.get(tensor_name(entry.name, leaf_name), entry.top)
     if tensor is None:
         return None
     shape = tuple(tensor.shape)
@@ -195,7 +202,7 @@ def _torch_like(names: Names, entry: HF) -> Callable[[str], np.ndarray | None]:
         own = names.get(f"{entry.name}.{i}.{suffix}") if n > 1 else None
         if own is not None:  # belongs to this slice alone
             return own.read()
-        tensor = names.get(tensor_name(entry.name, suffix))
+        tensor = names.get(tensor_name(entry.name, suffix), entry.top)
         if tensor is None:
             if suffix == "g_idx":  # optional in the packed layout
                 return None

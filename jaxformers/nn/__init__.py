@@ -23,11 +23,12 @@ from jaxformers.nn.keys import Keys
 from jaxformers.nn.linear import Embed, Linear
 from jaxformers.nn.mla import LatentAttention
 from jaxformers.nn.mlp import MLP, activation
-from jaxformers.nn.norms import LayerNorm, RMSNorm
+from jaxformers.nn.norms import BatchNorm, LayerNorm, RMSNorm, follow
 from jaxformers.nn.output import Output
 from jaxformers.nn.pooling import normalize, pool
 from jaxformers.nn.positions import Rotary, relative_buckets, rotary_from_hf, rotary_table, rotary_to_hf, rotate
 from jaxformers.nn.seq2seq import Memory, memory_cache, memory_context, shift_right
+from jaxformers.nn.stages import Stages
 from jaxformers.nn.vision import (
     GridBias,
     ImageEmbeddings,
@@ -36,11 +37,13 @@ from jaxformers.nn.vision import (
     pixel_shuffle,
     resize,
 )
+from jaxformers.nn.windows import PatchMerging, WindowAttention
 
 __all__ = [
     "ExpertLinear", "Experts", "Latent", "LatentAttention", "MoE", "balance_loss", "check_routing", "route",
-    "GridBias", "ImageEmbeddings", "drop_path_rates", "offsets", "pixel_shuffle", "resize",
     "Memory", "WithMemory", "memory_cache", "memory_context", "shift_right",
+    "BatchNorm", "GridBias", "ImageEmbeddings", "PatchMerging", "Stages", "WindowAttention", "drop_path_rates",
+    "follow", "offsets", "pixel_shuffle", "resize",
     "Adapter", "Attention", "Block", "Cache", "CausalLMHead", "ClassificationHead", "Conv", "Embed", "Embeddings",
     "KeyValue", "Keys", "LayerNorm", "Layers", "Linear", "MLP", "Mask", "MaskedLMHead", "Output", "RMSNorm", "Rotary",
     "SentenceHead", "activation", "add_adapters", "advance", "attend", "causal_mask", "check_length", "decode",

@@ -127,6 +127,7 @@ class Attention(nnx.Module):
     """Projections ``query``, ``key``, ``value``, ``out`` around :func:`attend`.
 
     ``relative``: a module that gives this layer's own bias for a ``grid`` (rows, columns) of patches.
+    ``reduce``: a module that gives, for such a grid, the shorter sequence that keys and values are made of.
     ``window``: this layer sees so many of the latest tokens only, itself included (a causal mask's window).
 
     Sites: ``scores`` (B, H, queries, keys) scaled, with bias, before the mask; ``probs``; ``context`` (B, L, H, size)
@@ -149,6 +150,7 @@ class Attention(nnx.Module):
         window: int | None = None,
         memory_width: int | None = None,
         relative: nnx.Module | None = None,
+        reduce: nnx.Module | None = None,
         std: float = 0.02,
         rngs: nnx.Rngs,
     ):
@@ -161,6 +163,7 @@ class Attention(nnx.Module):
         self.heads, self.kv_heads, self.size = heads, kv_heads, head_size or width // heads
         self.scale, self.rate, self.interleaved, self.window = scale, rate, interleaved, window
         self.relative = relative if relative is not None else nnx.data(None)
+        self.reduce = reduce if reduce is not None else nnx.data(None)
         source = width if memory_width is None else memory_width
         self.query = Linear(width, heads * self.size, bias=bias, std=std, rngs=rngs)
         key_bias = bias if key_bias is None else key_bias  # BEiT's keys have none: softmax would not see it
@@ -200,7 +203,9 @@ class Attention(nnx.Module):
         encoder's output, or what :meth:`remember` has made of it."""
         batch, length, _ = x.shape
         q = self.query(x).reshape(batch, length, self.heads, self.size)
-        k, v = memory.read(q.dtype) if isinstance(memory, KeyValue) else self._project(x if memory is None else memory)
+        own = x if self.reduce is None else self.reduce(x, grid)
+        source = own if memory is None else memory
+        k, v = source.read(q.dtype) if isinstance(source, KeyValue) else self._project(source)
         if rotary is not None:
             q, k = rotate(q, rotary, self.interleaved), rotate(k, rotary, self.interleaved)
         if cache is not None:

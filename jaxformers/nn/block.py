@@ -22,9 +22,11 @@ class Block(nnx.Module):
     GPT-NeoX; pre-norm only): attention and MLP read the same x, ``x + attention(norm(x)) + mlp(norm(x))``; without an
     ``mlp_norm`` the MLP reads attention's. ``attention_scale`` and ``mlp_scale``: a factor per channel of what
     each adds (LayerScale, arXiv 2103.17239). ``drop_path``: the rate at which a sequence skips a branch (stochastic
-    depth, arXiv 1603.09382). ``cross_attention`` with its ``cross_attention_norm``: an encoder–decoder's, between the
-    two, ``x + cross_attention(norm(x), memory)`` or post-norm likewise.
+    depth, arXiv 1603.09382), None for none. ``cross_attention`` with its ``cross_attention_norm``: an
+    encoder–decoder's, between the two, ``x + cross_attention(norm(x), memory)`` or post-norm likewise.
     """
+
+    varying = ("drop_path",)
 
     def __init__(
         self,
@@ -40,7 +42,7 @@ class Block(nnx.Module):
         layer_scale: float | None = None,
         width: int | None = None,
         rate: float = 0.0,
-        drop_path: float = 0.0,
+        drop_path: float | None = None,
     ):
         if parallel and not prenorm:
             raise ValueError("block: parallel attention and MLP are for pre-norm blocks")
@@ -71,7 +73,8 @@ class Block(nnx.Module):
         **context: Any,
     ) -> tuple[Float[Array, "batch length width"], Any]:
         """``memory``: the encoder's output, unless ``cache`` (:class:`WithMemory`) has its keys and values; None leaves
-        cross-attention out. ``context`` is whatever else this model's attention takes."""
+        cross-attention out. ``context`` is whatever else this model's attention takes; an MLP that is ``spatial`` takes
+        its ``grid``."""
         x = site(f"{self.path}.input", x)
         attention_key, drop1, drop2, cross_key, drop3, mlp_key = split(key, 6)
         normed = self.attention_norm(x) if self.prenorm else x
@@ -86,27 +89,31 @@ class Block(nnx.Module):
             x = x + self._branch(h, None, drop3)
             x = x if self.prenorm else self.cross_attention_norm(x)
         if self.parallel:
-            h = self._feed(normed if self.mlp_norm is None else self.mlp_norm(before), mlp_key)
+            h = self._feed(normed if self.mlp_norm is None else self.mlp_norm(before), mlp_key, context)
         else:
-            h = self._feed(self.mlp_norm(x) if self.prenorm else x, mlp_key)
+            h = self._feed(self.mlp_norm(x) if self.prenorm else x, mlp_key, context)
         x = x + self._branch(h, self.mlp_scale, drop2)
         x = x if self.prenorm else self.mlp_norm(x)
         return site(f"{self.path}.output", x), WithMemory(own, memory) if isinstance(cache, WithMemory) else own
 
-    def _feed(self, x: Array, key: jax.Array | None) -> Array:
-        """The MLP; only one with a dropout of its own takes a key."""
+    def _feed(self, x: Array, key: jax.Array | None, context: dict[str, Any]) -> Array:
+        """The MLP; only one with a dropout of its own takes a key, and only one over a grid is told of it."""
+        if getattr(self.mlp, "spatial", False):
+            return self.mlp(x, grid=context["grid"], key=key)
         return self.mlp(x, key=key) if getattr(self.mlp, "rate", 0.0) else self.mlp(x)
 
     def _branch(self, h: Array, scale: nnx.Param | None, key: jax.Array | None) -> Array:
-        drop, path = (key, None) if self.drop_path == 0 else split(key, 2)
+        drop, path = (key, None) if self.drop_path is None else split(key, 2)
         h = dropout(h, self.rate, drop)
         h = h if scale is None else h * scale.get_value().astype(h.dtype)
         return h if path is None else drop_path(h, self.drop_path, path)
 
 
-def drop_path(x: Float[Array, "batch *rest"], rate: float, key: jax.Array | None) -> Float[Array, "batch *rest"]:
+def drop_path(
+    x: Float[Array, "batch *rest"], rate: float | jax.Array, key: jax.Array | None
+) -> Float[Array, "batch *rest"]:
     """Zero whole rows with probability ``rate`` and scale the rest by 1/(1 − rate) (stochastic depth)."""
-    if key is None or rate == 0.0:
+    if key is None:
         return x
     kept = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
     return jnp.where(kept, x / (1.0 - rate), 0).astype(x.dtype)
@@ -119,6 +126,9 @@ REMAT = {
 }
 
 
+Numbers = tuple[tuple[tuple[str, ...], str, tuple[float, ...]], ...]  # (module of a block, attribute, value per layer)
+
+
 class Layers(nnx.Module):
     """Blocks under the names "0", "1", …; or one block under "*" whose arrays carry a leading layer axis.
 
@@ -126,12 +136,16 @@ class Layers(nnx.Module):
     ``lax.scan``: compile time no longer grows with depth. ``remat`` recomputes activations in the backward pass:
     ``"full"``, ``"dots"`` (keeps matmul results) or ``"dots_no_batch"``. Each layer gets its own dropout key, the same
     in both forms, and its own entry of ``cache``.
+
+    Equal layers may still differ in numbers: in those attributes that a module of theirs lists in ``varying`` (a rate
+    of stochastic depth, the shift of a window). A scan hands each layer its own.
     """
 
     def __init__(self, blocks: list[nnx.Module]):
         self.path = ""
         self.remat: str | None = None
         self.depth = len(blocks)
+        self.numbers: Numbers = ()
         for i, block in enumerate(blocks):
             setattr(self, str(i), block)
 
@@ -206,19 +220,26 @@ class Layers(nnx.Module):
         graph, arrays = nnx.split(getattr(self, "*"))
         prefix = f"{self.path}.*"
         names = tuple(f"{self.path}.{i}" for i in range(self.depth))
-        body, deliver = sites.looping(
-            lambda arrays, x, c, k: nnx.merge(graph, arrays)(x, cache=c, key=k, **context), prefix, names
-        )
+        places = [(where, name) for where, name, _ in self.numbers]
+
+        def run(arrays: Any, numbers: list[Array], x: Array, c: Any, k: Any) -> Any:
+            block = nnx.merge(graph, arrays)
+            for (where, name), number in zip(places, numbers, strict=True):
+                setattr(_module(block, where), name, number)
+            return block(x, cache=c, key=k, **context)
+
+        body, deliver = sites.looping(run, prefix, names)
         body = self._checkpoint(body)
 
         def step(x: Array, per_layer: Any) -> Any:
-            i, arrays, own_cache = per_layer
+            i, arrays, numbers, own_cache = per_layer
             own_key = None if key is None else jax.random.fold_in(key, i)
-            (x, own_cache), parked = body(i, arrays, x, own_cache, own_key)
+            (x, own_cache), parked = body(i, arrays, numbers, x, own_cache, own_key)
             return x, (own_cache, parked)
 
         own = None if cache is None else cache["*"]
-        x, (own, parked) = jax.lax.scan(step, x, (jnp.arange(self.depth), arrays, own))
+        numbers = [jnp.asarray(values) for _, _, values in self.numbers]
+        x, (own, parked) = jax.lax.scan(step, x, (jnp.arange(self.depth), arrays, numbers, own))
         deliver(parked)
         return x, None if cache is None else {"*": own}
 
@@ -230,13 +251,18 @@ def stack(layers: Layers) -> Layers:
     """
     if layers.stacked:
         return layers
-    graphs, states = zip(*(nnx.split(block) for block in _nameless(layers)), strict=True)
+    blocks = _nameless(layers)
+    numbers = _numbers(blocks)
+    for where, name, values in numbers:
+        for block in blocks:
+            setattr(_module(block, where), name, values[0])
+    graphs, states = zip(*(nnx.split(block) for block in blocks), strict=True)
     first = jax.tree.map(lambda a: (a.shape, a.dtype), states[0])
     for i, (graph, state) in enumerate(zip(graphs, states, strict=True)):
         if graph != graphs[0] or jax.tree.map(lambda a: (a.shape, a.dtype), state) != first:
             raise ValueError(f"scan_layers: layer {i} differs from layer 0; layers of different shape run as a loop")
     stacked = Layers([])
-    stacked.depth, stacked.remat = layers.depth, layers.remat
+    stacked.depth, stacked.remat, stacked.numbers = layers.depth, layers.remat, numbers
     setattr(stacked, "*", nnx.merge(graphs[0], jax.tree.map(lambda *a: jnp.stack(a), *states)))
     return stacked
 
@@ -247,6 +273,9 @@ def unstack(layers: Layers) -> Layers:
         return layers
     graph, state = nnx.split(getattr(layers, "*"))
     blocks = [nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], state)) for i in range(layers.depth)]
+    for where, name, values in layers.numbers:
+        for block, value in zip(blocks, values, strict=True):
+            setattr(_module(block, where), name, value)
     apart = Layers(blocks)
     apart.remat = layers.remat
     return apart
@@ -259,3 +288,20 @@ def _nameless(layers: Layers) -> list[nnx.Module]:
             if hasattr(module, "path"):
                 module.path = ""
     return blocks
+
+
+def _numbers(blocks: list[nnx.Module]) -> Numbers:
+    """The attributes listed in ``varying`` whose numbers are not the same in all blocks."""
+    found = []
+    for where, module in nnx.iter_modules(blocks[0]) if blocks else ():
+        for name in getattr(module, "varying", ()):
+            values = [getattr(_module(block, where), name, None) for block in blocks]
+            if len(set(values)) > 1 and all(isinstance(value, int | float) for value in values):
+                found.append((where, name, tuple(values)))
+    return tuple(found)
+
+
+def _module(block: nnx.Module, where: tuple[str, ...]) -> Any:
+    for name in where:
+        block = getattr(block, name, None)
+    return block

@@ -12,45 +12,30 @@ from jaxformers.nn.conv import Conv
 from jaxformers.nn.dropout import dropout
 from jaxformers.nn.linear import Embed
 from jaxformers.nn.norms import LayerNorm
+from jaxformers.nn.resampling import filter_matrix, resize_matrix
 from jaxformers.sites import site
 
 
-def resize_matrix(old: int, new: int, kind: str) -> np.ndarray:
-    """(new, old): one axis of an interpolation from ``old`` to ``new`` points, as torch's without anti-aliasing.
-
-    Corners are not aligned; points beyond an edge repeat it. ``kind``: "bilinear", or "bicubic" with a = −3/4 (JAX's
-    own takes a = −1/2, which checkpoints were not trained with).
-    """
-    at = (np.arange(new) + 0.5) * (old / new) - 0.5
-    if kind == "bilinear":
-        at = np.maximum(at, 0)
-    left = np.floor(at).astype(int)
-    t = at - left
-    matrix = np.zeros((new, old))
-    a = -0.75
-    for tap in range(-1, 3):
-        d = np.abs(t - tap)
-        if kind == "bilinear":
-            weight = np.maximum(1 - d, 0)
-        else:
-            near = (a + 2) * d**3 - (a + 3) * d**2 + 1
-            weight = np.where(d <= 1, near, np.where(d < 2, a * (d**3 - 5 * d**2 + 8 * d - 4), 0))
-        np.add.at(matrix, (np.arange(new), np.clip(left + tap, 0, old - 1)), weight)
-    return matrix.astype(np.float32)
-
-
-def resize(x: Float[Array, "h w c"], size: tuple[int, int], kind: str) -> Float[Array, "h2 w2 c"]:
-    """Interpolate a grid to another size; see :func:`resize_matrix`."""
-    rows, columns = (resize_matrix(x.shape[i], size[i], kind) for i in range(2))
-    return jnp.einsum("ih,jw,hwc->ijc", rows, columns, x.astype(jnp.float32), precision="highest").astype(x.dtype)
+def resize(
+    x: Float[Array, "*batch h w c"], size: tuple[int, int], kind: str, *, antialias: bool = False
+) -> Float[Array, "*batch h2 w2 c"]:
+    """Interpolate grids to another size, in float32; see :func:`resize_matrix`, or with ``antialias``
+    :func:`filter_matrix`."""
+    matrix = filter_matrix if antialias else resize_matrix
+    rows, columns = (matrix(x.shape[i - 3], size[i], kind).astype(np.float32) for i in range(2))
+    resized = jnp.einsum("ih,...hwc->...iwc", rows, x.astype(jnp.float32), precision="highest")
+    return jnp.einsum("jw,...iwc->...ijc", columns, resized, precision="highest").astype(x.dtype)
 
 
 class ImageEmbeddings(nnx.Module):
     """Patches, behind a class token (and DeiT's distillation token), plus a position table, then ``norm`` where the
     architecture has one (CLIP). Site: ``embeddings``.
 
-    The table belongs to ``grid`` (rows, columns) of patches; for another grid it is stretched, bicubically.
-    ``mask_token`` stands for the patches that ``bool_masked_pos`` marks.
+    The table belongs to ``grid`` (rows, columns) of patches; for another grid it is stretched, bicubically. It gets no
+    gradient where ``fixed_positions`` says so.
+    ``mask_token`` stands for the patches that ``bool_masked_pos`` marks. ``registers``: so many more tokens without
+    position between the class token and the patches (arXiv 2309.16588). ``patch_eps``: patches are normalised first.
+    ``pad``: images are padded with zeros, right and below, to whole patches; otherwise what fills no patch is left out.
     """
 
     def __init__(
@@ -61,24 +46,33 @@ class ImageEmbeddings(nnx.Module):
         patch: tuple[int, int],
         stride: tuple[int, int] | None = None,
         channels: int = 3,
+        cls_token: bool = True,
         distillation: bool = False,
+        registers: int = 0,
         mask_token: bool = False,
         positions: bool = True,
+        fixed_positions: bool = False,
+        antialias: bool = False,
         patch_bias: bool = True,
         eps: float | None = None,
+        patch_eps: float | None = None,
+        pad: bool = False,
         rate: float = 0.0,
         std: float = 0.02,
         rngs: Any,
     ):
         self.path = ""
-        self.grid, self.rate, self.channels = grid, rate, channels
+        self.grid, self.rate, self.channels, self.antialias = grid, rate, channels, antialias
+        self.pad, self.fixed_positions = patch if pad else None, fixed_positions
         stride = patch if stride is None else stride
         self.patch = Conv(channels, width, patch, stride=stride, bias=patch_bias, std=std, rngs=rngs)
-        token = lambda: nnx.Param(std * jax.random.normal(rngs.params(), (width,)))
-        self.cls_token = token()
+        token = lambda *shape: nnx.Param(std * jax.random.normal(rngs.params(), (*shape, width)))
+        self.cls_token = token() if cls_token else None
         self.distillation_token = token() if distillation else None
+        self.register_tokens = token(registers) if registers else None
         self.mask_token = nnx.Param(jnp.zeros(width)) if mask_token else None
-        rows = 1 + distillation + grid[0] * grid[1]
+        self.patch_norm = None if patch_eps is None else LayerNorm(width, eps=patch_eps)
+        rows = cls_token + distillation + grid[0] * grid[1]
         self.position = Embed(rows, width, std=std, rngs=rngs) if positions else None
         self.norm = None if eps is None else LayerNorm(width, eps=eps)
 
@@ -88,7 +82,14 @@ class ImageEmbeddings(nnx.Module):
             raise ValueError(
                 f"pixel_values: expected (batch, {self.channels}, height, width), got {tuple(pixel_values.shape)}"
             )
-        return self.patch(jnp.moveaxis(pixel_values, 1, -1).astype(self.patch.kernel.get_value().dtype))
+        x = jnp.moveaxis(jnp.asarray(pixel_values), 1, -1).astype(self.patch.kernel.get_value().dtype)
+        if self.pad is not None:
+            rows, columns = (-n % p for n, p in zip(x.shape[1:3], self.pad, strict=True))
+            x = jnp.pad(x, ((0, 0), (0, rows), (0, columns), (0, 0)))
+        x = self.patch(x)
+        if not all(x.shape[1:3]):
+            raise ValueError(f"pixel_values: an image of {pixel_values.shape[2:]} pixels holds no whole patch")
+        return x if self.patch_norm is None else self.patch_norm(x)
 
     def positions(self, grid: tuple[int, int]) -> Float[Array, "rows width"]:
         """The position table for ``grid``: special tokens, then patches row by row."""
@@ -96,7 +97,7 @@ class ImageEmbeddings(nnx.Module):
         if grid == self.grid:
             return table
         special = table.shape[0] - self.grid[0] * self.grid[1]
-        patches = resize(table[special:].reshape(*self.grid, -1), grid, "bicubic")
+        patches = resize(table[special:].reshape(*self.grid, -1), grid, "bicubic", antialias=self.antialias)
         return jnp.concatenate([table[:special], patches.reshape(-1, table.shape[-1])])
 
     def __call__(
@@ -111,17 +112,28 @@ class ImageEmbeddings(nnx.Module):
         batch, *grid, width = x.shape
         x = x.reshape(batch, -1, width)
         if bool_masked_pos is not None:
-            if self.mask_token is None:
-                raise ValueError("bool_masked_pos: this model has no mask token")
-            x = jnp.where(bool_masked_pos[..., None].astype(bool), self.mask_token.get_value().astype(x.dtype), x)
+            x = self._masked(x, bool_masked_pos)
         special = [t.get_value() for t in (self.cls_token, self.distillation_token) if t is not None]
-        special = jnp.broadcast_to(jnp.stack(special).astype(x.dtype), (batch, len(special), width))
-        x = jnp.concatenate([special, x], axis=1)
+        if special:
+            special = jnp.broadcast_to(jnp.stack(special).astype(x.dtype), (batch, len(special), width))
+            x = jnp.concatenate([special, x], axis=1)
         if self.position is not None:
-            x = x + self.positions(tuple(grid)).astype(x.dtype)
+            positions = self.positions(tuple(grid)).astype(x.dtype)
+            x = x + (jax.lax.stop_gradient(positions) if self.fixed_positions else positions)
+        if self.register_tokens is not None:
+            tokens = self.register_tokens.get_value().astype(x.dtype)
+            x = jnp.concatenate([x[:, :1], jnp.broadcast_to(tokens, (batch, *tokens.shape)), x[:, 1:]], axis=1)
         if self.norm is not None:
             x = self.norm(x)
         return site(self.path, dropout(x, self.rate, key)), tuple(grid)
+
+    def _masked(self, x: Array, bool_masked_pos: Array) -> Array:
+        if self.mask_token is None:
+            raise ValueError("bool_masked_pos: this model has no mask token")
+        if bool_masked_pos.shape != x.shape[:2]:
+            raise ValueError(f"bool_masked_pos: expected shape {x.shape[:2]}, got {tuple(bool_masked_pos.shape)}")
+        mask = jnp.asarray(bool_masked_pos)[..., None].astype(bool)
+        return jnp.where(mask, self.mask_token.get_value().astype(x.dtype), x)
 
 
 class GridBias(nnx.Module):
@@ -168,6 +180,6 @@ def pixel_shuffle(x: Float[Array, "batch h w c_r_r"], r: int) -> Float[Array, "b
     return x.transpose(0, 3, 1, 4, 2, 5).reshape(b, c // r**2, h * r, w * r)
 
 
-def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """Stochastic depth grows linearly with depth, from 0 to ``rate`` (arXiv 1603.09382)."""
-    return [rate * i / max(depth - 1, 1) for i in range(depth)]
+def drop_path_rates(rate: float, depth: int) -> list[float | None]:
+    """Stochastic depth grows linearly with depth, from 0 to ``rate`` (arXiv 1603.09382). None: there is none."""
+    return [rate * i / max(depth - 1, 1) if rate else None for i in range(depth)]
