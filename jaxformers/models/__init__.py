@@ -16,6 +16,7 @@ from jaxformers.safetensors_file import show
 
 # model_type of config.json -> module here
 ARCHITECTURES = {
+    "beit": "beit",
     "bert": "bert",
     "camembert": "roberta",
     "clip": "clip",
@@ -44,6 +45,7 @@ ARCHITECTURES = {
     "segformer": "segformer",
     "swin": "swin",
     "vit": "vit",
+    "vit_mae": "vit_mae",
     "xlm-roberta": "roberta",
 }
 
