@@ -39,6 +39,7 @@ _HEAD_OF_CLASS = (
     ("ForMaskedLM", "masked_lm"),
     ("ForPreTraining", "masked_lm"),
     ("ForCausalLM", "causal_lm"),
+    ("T5WithLMHeadModel", "seq2seq_lm"),  # what the first files of T5 called it
     ("LMHeadModel", "causal_lm"),
     ("ForSequenceClassification", "sequence_classification"),
     ("ForTokenClassification", "token_classification"),
@@ -61,12 +62,13 @@ def load(
 
     ``path_or_id``: a directory, a hub id (needs ``huggingface_hub``, uses its cache when offline), or the name of a
     checkpoint that an installed package carries (``all-MiniLM-L6-v2``). ``head``: ``masked_lm``, ``causal_lm``,
-    ``sequence_classification``, ``token_classification``, ``sentence`` or ``"none"``; by default what the checkpoint's
-    ``architectures`` says, or ``sentence`` in the sentence-transformers layout. A head that the checkpoint does not
-    have is initialised from ``key``, which must be given then. ``dtype``: of the floating-point weights, by default
-    as stored. ``mesh``: each device receives only its slice, by the rules of :mod:`jaxformers.mesh`.
-    ``mapped``: leave the weights in the files, as read-only NumPy views, for work that goes through them block by block
-    (then neither ``dtype`` nor ``mesh``). ``config_overrides``: fields of the architecture's Config.
+    ``seq2seq_lm``, ``sequence_classification``, ``token_classification``, ``sentence``, another one of its
+    architecture's, or ``"none"``; by default what the checkpoint's ``architectures`` says, or ``sentence`` in the
+    sentence-transformers layout. A head that the checkpoint does not have is initialised from ``key``, which must be
+    given then. ``dtype``: of the floating-point weights, by default as stored. ``mesh``: each device receives only its
+    slice, by the rules of :mod:`jaxformers.mesh`. ``mapped``: leave the weights in the files, as read-only NumPy views,
+    for work that goes through them block by block (then neither ``dtype`` nor ``mesh``). ``config_overrides``: fields
+    of the architecture's Config.
 
     Raises ValueError (CheckpointError for the files) naming what is wrong: an unknown ``model_type``, missing or
     unmapped tensors, shapes that disagree with the config, non-finite weights, pickles.
@@ -89,6 +91,8 @@ def load(
     _check_head(head, arch)
 
     config = arch.Config.from_hf(hf)
+    if hasattr(arch, "settle"):
+        config = arch.settle(config, checkpoint)
     for part in ("pooler", "contact_head"):  # what some checkpoints leave out
         if (
             hasattr(config, part)
@@ -247,9 +251,9 @@ def _is_floating(dtype: Any) -> bool:
 
 def _head_from_class(name: str, arch: Any) -> str | None:
     for head, (own, _) in arch.HEADS.items():
-        if name == own:
+        if name.endswith(own):  # also MT5Model for T5Model
             return head
-    if name == arch.BASE_CLASS:
+    if name.endswith(arch.BASE_CLASS):
         return None
     for suffix, head in _HEAD_OF_CLASS:
         if name.endswith(suffix):

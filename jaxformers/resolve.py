@@ -175,5 +175,5 @@ def stale(files: Iterable[str], *, sentence: bool) -> set[str]:
 
 def class_name(ours: str, model_type: str) -> str:
     """The Hugging Face class that an architecture's class ``ours`` is called under ``model_type``."""
-    family = {"xlm-roberta": "XLMRoberta", "camembert": "Camembert"}
-    return ours.replace("Roberta", family[model_type], 1) if model_type in family else ours
+    family = {"xlm-roberta": ("Roberta", "XLMRoberta"), "camembert": ("Roberta", "Camembert"), "mt5": ("T5", "MT5")}
+    return ours.replace(*family[model_type], 1) if model_type in family else ours

@@ -25,7 +25,8 @@ def read(folder: Path) -> dict[str, np.ndarray]:
 
 def batch_of(arrays: dict[str, np.ndarray], prefix: str = "") -> dict[str, np.ndarray]:
     """The model's inputs among ``arrays``."""
-    names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+    names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids",
+             "decoder_attention_mask")  # fmt: skip
     return {name: arrays[prefix + name] for name in names if prefix + name in arrays}
 
 

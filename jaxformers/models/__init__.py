@@ -4,7 +4,9 @@ Each module has ``Config``, ``Model``, ``KEYS`` and ``HEADS`` (parameter paths â
 which a checkpoint with a head keeps the body; may be empty), ``BASE_CLASS`` and ``IGNORED`` (buffers that carry no
 weights). Where there is one: ``RENAMED`` lists (pattern, replacement): from other writers' names to those in KEYS;
 ``OPTIONAL`` names the model's parts that only some heads have; ``keys(config)`` adds to KEYS, and ``ignored(config)``
-to IGNORED, what a config decides; ``FLOAT32`` lists patterns of parameters that never get less precision.
+to IGNORED, what a config decides; ``FLOAT32`` lists patterns of parameters that never get less precision; ``ALIASES``
+{name: names that stand for it where it is missing}; ``UNPREFIXED``: heads whose checkpoints do without PREFIX;
+``settle(config, tensors)``: the config with what only a checkpoint's tensors tell.
 """
 
 import importlib
@@ -39,11 +41,13 @@ ARCHITECTURES = {
     "llava": "llava",
     "mistral": "mistral",
     "mpnet": "mpnet",
+    "mt5": "t5",
     "opt": "opt",
     "qwen2": "qwen2",
     "roberta": "roberta",
     "segformer": "segformer",
     "swin": "swin",
+    "t5": "t5",
     "vit": "vit",
     "vit_mae": "vit_mae",
     "xlm-roberta": "roberta",

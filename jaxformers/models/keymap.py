@@ -129,7 +129,8 @@ def turned_back(weight: Any) -> Any:
 
 def prefix_of(arch: Any, head: str | None) -> str:
     """What stands before the names of the body's tensors in the checkpoint of a model with that head."""
-    return f"{arch.PREFIX}." if arch.PREFIX and head in arch.HEADS else ""
+    prefixed = head in arch.HEADS and head not in getattr(arch, "UNPREFIXED", ())
+    return f"{arch.PREFIX}." if arch.PREFIX and prefixed else ""
 
 
 def body_keys(arch: Any, config: Any) -> dict[str, "str | HF"]:

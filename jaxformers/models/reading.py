@@ -53,6 +53,10 @@ class Names:
                 both = _some([self.in_file[plain], name])
                 raise CheckpointError(f"{checkpoint.directory}: several tensors for one parameter: {both}")
             self.in_file[plain] = name
+        for name, others in getattr(arch, "ALIASES", {}).items():  # some writers keep one of several equal tensors
+            other = next((other for other in others if other in self.in_file), None)
+            if name not in self.in_file and other is not None:
+                self.in_file[name] = self.in_file.pop(other)
 
     def get(self, name: str, top: bool = False) -> LazyTensor | None:
         found = (self.top if top else self.in_file).get(name)

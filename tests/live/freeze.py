@@ -33,6 +33,9 @@ DEEPSEEK = {
     "num_experts_per_tok": 2, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1, "q_lora_rank": 8,
     "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5, "pad_token_id": 0,
 }  # fmt: skip
+T5 = {"vocab_size": 40, "d_model": 16, "d_kv": 6, "d_ff": 24, "num_layers": 2, "num_heads": 2,
+      "relative_attention_num_buckets": 6, "relative_attention_max_distance": 8, "decoder_start_token_id": 3,
+      "pad_token_id": 0}  # fmt: skip
 LABELS = {"num_labels": 3}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "rope_theta": 10000.0}
 
@@ -135,6 +138,13 @@ VARIANTS = {
     "bigcode-mha": ("GPTBigCodeForCausalLM", {**GPT2, "multi_query": False, "scale_attn_weights": False}),
     "bigcode-sequence": ("GPTBigCodeForSequenceClassification", {**GPT2, **LABELS, "pad_token_id": 0}),
     "bigcode-tokens": ("GPTBigCodeForTokenClassification", {**GPT2, **LABELS}),
+    "t5-encoder": ("T5EncoderModel", T5),
+    "t5-body": ("T5Model", {**T5, "num_decoder_layers": 1, "feed_forward_proj": "gated-silu"}),
+    "t5-sequence": ("T5ForSequenceClassification", {**T5, **LABELS}),
+    "t5-tokens": ("T5ForTokenClassification", {**T5, **LABELS, "feed_forward_proj": "gelu"}),
+    "t5-spans": ("T5ForQuestionAnswering", T5),
+    "mt5": ("MT5ForConditionalGeneration", {**T5, "num_decoder_layers": 3}),
+    "mt5-encoder": ("MT5EncoderModel", T5),
 }
 
 
@@ -167,6 +177,11 @@ def batch(name: str) -> dict[str, np.ndarray]:
     out = {"input_ids": np.where(mask == 1, ids, pad), "attention_mask": mask}
     if name == "roberta-base":
         out["token_type_ids"] = rng.integers(0, 2, ids.shape)
+    if name == "t5-sequence":  # one end token a row
+        out["input_ids"][[0, 1, 2], [10, 6, 8]] = 1
+    if name in ("t5-body", "mt5"):
+        out["decoder_input_ids"] = rng.integers(4, 40, (3, 11))
+        out["decoder_attention_mask"] = np.roll(mask, 1, axis=0)
     return out
 
 
@@ -176,7 +191,8 @@ def run(model, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     with torch.no_grad():
         out = model(**{k: torch.from_numpy(v) for k, v in inputs.items()}, output_hidden_states=True)
-    found = {"hidden": out.hidden_states[-1].numpy()}
+    states = out.hidden_states if "hidden_states" in out else out.decoder_hidden_states
+    found = {"hidden": states[-1].numpy()}
     if getattr(out, "pooler_output", None) is not None:
         found["pooled"] = out.pooler_output.numpy()
     if hasattr(out, "logits"):
