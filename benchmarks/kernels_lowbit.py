@@ -26,6 +26,7 @@ import bare  # noqa: E402
 
 gpu = bare.kernel("lowbit_gpu")
 lowbit = bare.kernel("lowbit")
+Shape = bare.kernel("shape").Shape
 per_word = bare.kernel("codes").PER_WORD
 words_of = bare.kernel("codes").WORDS
 
@@ -61,10 +62,10 @@ def weights(kind: str, k: int, n: int, group: int, seed: int) -> tuple[jax.Array
     return words, scales, -scales if ternary else zeros
 
 
-def shape_of(kind: str, m: int, k: int, n: int, group: int, act_order: bool = False) -> gpu.Shape:
+def shape_of(kind: str, m: int, k: int, n: int, group: int, act_order: bool = False) -> Shape:
     groups = 1 if group == -1 else -(-k // group)
     bits = 2 if kind == "ternary" else int(kind)
-    return gpu.Shape(m, k, n, bits, k if group == -1 else group, groups, kind == "ternary", act_order)
+    return Shape(m, k, n, bits, k if group == -1 else group, groups, kind == "ternary", act_order)
 
 
 def dense(kind: str, w: tuple[jax.Array, ...], k: int, group: int, dtype, g_idx=None) -> jax.Array:

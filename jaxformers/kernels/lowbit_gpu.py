@@ -15,7 +15,6 @@ the product: one for the codes of a word ("word"), or, in act-order and for odd 
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxformers.kernels.codes import PER_WORD, WORDS, as_float32, as_halves, codes, offset_of, pairs, shift_right
+from jaxformers.kernels.codes import WORDS, as_float32, as_halves, codes, offset_of, pairs, shift_right
+from jaxformers.kernels.shape import Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,29 +45,6 @@ class Tile:
     scaling: str = "group"
     x_load: str = "strided"
     transposed: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """What a kernel must know of its operands. `group` is the number of inputs a group, `k` for a single one."""
-
-    m: int
-    k: int
-    n: int
-    bits: int
-    group: int
-    groups: int
-    ternary: bool = False
-    act_order: bool = False
-
-    @property
-    def per(self) -> int:
-        return PER_WORD[self.bits]
-
-    @property
-    def rows(self) -> int:
-        """Rows of words, or of triples."""
-        return -(-self.k // self.per)
 
 
 def _segments(shape: Shape, tile: Tile) -> int:
@@ -287,11 +264,7 @@ def matmul(x, words, scales, zeros, g_idx, shape: Shape, tile: Tile, interpret: 
         out_shape=out,
         grid=(-(-shape.m // (tile.m // fold)), -(-shape.n // tile.n), tile.splits),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * shape.m * shape.k * shape.n,
-            bytes_accessed=sum(math.prod(a.shape) * a.dtype.itemsize for a in (*operands, out)),
-            transcendentals=0,
-        ),
+        cost_estimate=shape.cost(x.dtype),
         interpret=interpret,
         name=f"lowbit_matmul_{shape.bits}_bits",
     )(*operands)
