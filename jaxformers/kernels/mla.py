@@ -1,0 +1,65 @@
+"""Absorbed decoding of multi-head latent attention: all heads read one cache line a token, once.
+
+The cache holds [c | k_pe] (B, S, R + P): the latent of keys and values, and the rotated key shared by all heads
+(arXiv 2405.04434, 2503.11132). With W_uk absorbed into the query (q̃ = q_nope W_uk) and W_uv into what follows,
+
+    scores = (q̃ · c + q_pe · k_pe) · scale,   context = softmax(scores) c   (B, H, R).
+
+Bytes: the cache once, B·S·(R+P) elements; FLOPs 2·B·S·H·(2R+P): with 16-bit elements about 2H FLOPs a byte, so that from
+a hundred heads on the tensor cores, not the memory, are the limit. XLA reads the latent twice (as keys, as values) and
+writes the scores between. On a GPU from ``decode.WORTH`` slots on the split kernel of ``decode.py`` runs, elsewhere
+:func:`reference`: on a TPU both products are plain matrix products over a cache that XLA streams from HBM.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxformers.kernels import decode
+from jaxformers.kernels.decode import Tile
+
+
+def mla_decode(
+    q_latent: Float[Array, "batch heads rank"],
+    q_rope: Float[Array, "batch heads rope"],
+    cache: Float[Array, "batch slots rank_rope"],
+    *,
+    scale: float,
+    valid: Bool[Array, "batch slots"] | None = None,
+    implementation: str | None = None,
+    tile: Tile | None = None,
+    interpret: bool = False,
+) -> Float[Array, "batch heads rank"]:
+    """The latent context of one new token over the slots that ``valid`` marks; zeros where it marks none.
+
+    ``scale`` is 1/√(d_nope + d_rope) of the unabsorbed heads. ``implementation``: None (by platform and slots), "xla" or
+    "pallas_gpu". No gradient through the kernel. Raises ValueError for shapes that do not fit.
+    """
+    batch, heads, rank = q_latent.shape
+    if q_rope.shape[:2] != (batch, heads):
+        raise ValueError(f"q_rope: expected ({batch}, {heads}, rope), got {q_rope.shape}")
+    if cache.ndim != 3 or cache.shape[0] != batch or cache.shape[2] != rank + q_rope.shape[2]:
+        raise ValueError(f"cache: expected ({batch}, slots, {rank} + {q_rope.shape[2]}), got {cache.shape}")
+    if valid is not None and valid.shape != cache.shape[:2]:
+        raise ValueError(f"valid: expected {cache.shape[:2]}, got {valid.shape}")
+    implementation = implementation or decode.choose(cache.shape[1])
+    if implementation == "xla":
+        return reference(q_latent, q_rope, cache, scale, valid)
+    if implementation != "pallas_gpu":
+        raise ValueError(f"implementation: expected xla or pallas_gpu, got {implementation!r}")
+    if tile is None:
+        wide = cache.dtype.itemsize == 2 and rank <= 512
+        tile = Tile(min(32, decode._pow2(heads)), 32 if wide else 16, None, 8, 2)
+    x = {"q": q_latent[:, None], "q2": q_rope[:, None], "k": cache[:, None]}
+    x = {name: a.astype(cache.dtype) for name, a in x.items()}
+    return decode.split_decode(x, valid, float(scale), tile, interpret)[:, 0].astype(q_latent.dtype)
+
+
+def reference(q_latent, q_rope, cache, scale: float, valid=None):
+    """The definition, float32 inside."""
+    rank = q_latent.shape[-1]
+    exact = "highest" if cache.dtype == jnp.float32 else None
+    q = jnp.concatenate([q_latent, q_rope], axis=-1).astype(cache.dtype)
+    s = jnp.einsum("bhr,bsr->bhs", q, cache, precision=exact, preferred_element_type=jnp.float32) * scale
+    p = decode.masked_softmax(s, None if valid is None else valid[:, None, :].astype(bool)).astype(cache.dtype)
+    context = jnp.einsum("bhs,bsr->bhr", p, cache[..., :rank], precision=exact, preferred_element_type=jnp.float32)
+    return context.astype(q_latent.dtype)
