@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 
 from jaxformers.kernels import attention_gpu
 from jaxformers.kernels.tiles import MASKED, Rules, seen
@@ -28,17 +27,17 @@ WORTH = 1024  # keys from which a kernel beats XLA's fused softmax
 
 
 def attention(
-    q: Float[Array, "batch queries heads size"],
-    k: Float[Array, "batch keys kv_heads size"],
-    v: Float[Array, "batch keys kv_heads value_size"],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     *,
     causal: bool = False,
     window: int | None = None,
-    valid: Bool[Array, "batch keys"] | None = None,
-    prefix: Int[Array, "batch"] | None = None,
+    valid: jax.Array | None = None,
+    prefix: jax.Array | None = None,
     segments: Any = None,
-    start: Int[Array, ""] | int = 0,
-    bias: Float[Array, "#batch #heads queries keys"] | None = None,
+    start: jax.Array | int = 0,
+    bias: jax.Array | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
@@ -78,18 +77,18 @@ def attention(
 
 
 def column_sums(
-    q: Float[Array, "batch queries heads size"],
-    k: Float[Array, "batch keys kv_heads size"],
-    lse: Float[Array, "batch heads queries"],
-    votes: Float[Array, "batch heads queries"],
+    q: jax.Array,
+    k: jax.Array,
+    lse: jax.Array,
+    votes: jax.Array,
     *,
     scale: float | None = None,
-    bias: Float[Array, "#batch #heads queries keys"] | None = None,
+    bias: jax.Array | None = None,
     implementation: str | None = None,
     tiles: Any = None,
     interpret: bool = False,
     **mask: Any,
-) -> Float[Array, "batch heads keys"]:
+) -> jax.Array:
     """Aᵀ s, float32: what each key receives when every query hands out its vote s along its attention A.
 
     Zero-TPrune's weighted page rank (arXiv 2305.17328) repeats it: s ← Aᵀ s, Q and K being read once a vote. ``lse`` is

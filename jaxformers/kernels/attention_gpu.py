@@ -148,8 +148,8 @@ class _Tiled:
 
     def over_keys(self, x: Operands, i, body, carry):
         """``body(positional)(j, carry)`` over the tiles of keys that query tile i may see."""
-        first, (block, keys) = i * self.tile.q, self.side("k")
-        tiles = key_tiles(self.rules, first, self.tile.q, block, _scalar(x, "start"), _scalar(x, "prefix"))
+        first = i * self.tile.q
+        tiles = key_tiles(self.rules, first, self.tile.q, self.tile.k, _scalar(x, "start"), _scalar(x, "prefix"))
         return _loops(tiles, body, carry)
 
     def over_queries(self, x: Operands, j, body, carry):
@@ -296,22 +296,27 @@ def forward(x: Operands, rules: Rules, scale: float, tile: Tile, interpret: bool
 
 def backward(x: Operands, rules: Rules, scale: float, tiles: Tiles, interpret: bool = False):
     """{dq, dk, dv, dbias?}: ``x`` also holds do, lse and delta = rowsum(do · out) − dlse (B, H, Q)."""
-    group = x["q"].shape[2] // x["k"].shape[2]
-    like = lambda name: jax.ShapeDtypeStruct(x[name].shape, x[name].dtype)
-    blocks = pl.cdiv(rules.queries, tiles.dq.q), pl.cdiv(rules.keys, tiles.dkv.k)
-    out = _call(_dq_kernel, x, {"dq": like("q")}, rules, scale, tiles.dq, blocks[0], interpret)
-    spread = lambda name: jax.ShapeDtypeStruct(
-        (*x[name].shape[:2], x["q"].shape[2], x[name].shape[3]), x[name].dtype if group == 1 else jnp.float32
-    )
-    shape = {"dk": spread("k"), "dv": spread("v")}
-    pair = _call(_dkv_kernel, x, shape, rules, scale, tiles.dkv, blocks[1], interpret)
-    for name, grad in pair.items():
-        if group > 1:
-            grad = grad.reshape(*grad.shape[:2], -1, group, grad.shape[3]).sum(axis=3)
-        out[name] = grad.astype(x[name[1:]].dtype)
+    out = {"dq": backward_queries(x, rules, scale, tiles.dq, interpret)}
+    out["dk"], out["dv"] = backward_keys(x, rules, scale, tiles.dkv, interpret)
     if "bias" in x:
-        out["dbias"] = _dbias(x, rules, scale, tiles.dq, interpret)
+        out["dbias"] = backward_bias(x, rules, scale, tiles.dq, interpret)
     return out
+
+
+def backward_queries(x: Operands, rules: Rules, scale: float, tile: Tile, interpret: bool = False):
+    shape = {"dq": jax.ShapeDtypeStruct(x["q"].shape, x["q"].dtype)}
+    return _call(_dq_kernel, x, shape, rules, scale, tile, pl.cdiv(rules.queries, tile.q), interpret)["dq"]
+
+
+def backward_keys(x: Operands, rules: Rules, scale: float, tile: Tile, interpret: bool = False):
+    heads, kv_heads = x["q"].shape[2], x["k"].shape[2]
+    spread = lambda a: jax.ShapeDtypeStruct(
+        (*a.shape[:2], heads, a.shape[3]), a.dtype if heads == kv_heads else jnp.float32
+    )
+    shape = {"dk": spread(x["k"]), "dv": spread(x["v"])}
+    pair = _call(_dkv_kernel, x, shape, rules, scale, tile, pl.cdiv(rules.keys, tile.k), interpret)
+    gather = lambda g: g.reshape(*g.shape[:2], kv_heads, -1, g.shape[3]).sum(axis=3) if heads > kv_heads else g
+    return gather(pair["dk"]).astype(x["k"].dtype), gather(pair["dv"]).astype(x["v"].dtype)
 
 
 def column_sums(x: Operands, rules: Rules, scale: float, tile: Tile, interpret: bool = False):
@@ -360,7 +365,7 @@ def _padded(t: _Tiled, shape: tuple[int, ...]) -> tuple[int, int]:
     return pl.cdiv(shape[0], t.tile.q) * t.tile.q, pl.cdiv(shape[1], t.tile.k) * t.tile.k
 
 
-def _dbias(x: Operands, rules: Rules, scale: float, tile: Tile, interpret: bool):
+def backward_bias(x: Operands, rules: Rules, scale: float, tile: Tile, interpret: bool = False):
     bias = x["bias"]
     batch, _, heads, _ = x["q"].shape
     group = heads // x["k"].shape[2]

@@ -2,13 +2,13 @@
 
 One query per sequence reads the whole cache once: B·S·G·(D+E) elements for 2·B·S·H·(D+E) FLOPs, H/G heads sharing
 each key head: far below the FLOPs that would hide the reading, so the floor is the bytes over the memory's bandwidth.
-Each of ``splits`` programs a head reads its share of the slots, up to the last one that is visible, and leaves a partial
-context with its log-sum-exp; their combination is (arXiv 2311.01282)
+Each of ``splits`` programs a head reads its share of the slots, up to the last one that is visible, and leaves a
+partial context with its log-sum-exp; their combination is (arXiv 2311.01282)
 
     L = log Σ_s exp(L_s),   context = Σ_s exp(L_s − L) context_s.
 
-On the CPU, and on a TPU (where XLA streams a matrix–vector product at the memory's speed already), :func:`reference` runs.
-``mla.py`` uses the same kernel with the latent cache as keys and values at once.
+On the CPU, and on a TPU (where XLA streams a matrix–vector product at the memory's speed already), :func:`reference`
+runs. ``mla.py`` uses the same kernel with the latent cache as keys and values at once.
 """
 
 import dataclasses
@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Bool, Float
 
 from jaxformers.kernels.tiles import MASKED, dot
 
@@ -41,24 +40,27 @@ class Tile:
 
 
 def decode(
-    q: Float[Array, "batch heads size"],
-    k: Float[Array, "batch kv_heads slots size"],
-    v: Float[Array, "batch kv_heads slots value_size"],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     *,
-    allowed: Bool[Array, "batch slots"] | None = None,
+    allowed: jax.Array | None = None,
     scale: float | None = None,
     implementation: str | None = None,
     tile: Tile | None = None,
     interpret: bool = False,
-) -> Float[Array, "batch heads value_size"]:
-    """The context of one query a sequence over the slots that ``allowed`` marks; zeros where it marks none.
+) -> jax.Array:
+    """The context (B, H, E) of one query a sequence, q (B, H, D), over the slots of k (B, G, S, D) and v (B, G, S, E) that
+    ``allowed`` (B, S) marks; zeros where it marks none. H is a multiple of G.
 
     ``implementation``: None (the kernel on a GPU from ``WORTH`` slots on), "xla" or "pallas_gpu". No gradient through
     the kernel. Raises ValueError for shapes that do not fit.
     """
     batch, heads, size = q.shape
     if k.ndim != 4 or k.shape[0] != batch or k.shape[3] != size or v.ndim != 4 or v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"k, v: expected ({batch}, kv heads, slots, {size}) and a value size, got {k.shape}, {v.shape}")
+        raise ValueError(
+            f"k, v: expected ({batch}, kv heads, slots, {size}) and a value size, got {k.shape}, {v.shape}"
+        )
     if heads % k.shape[1]:
         raise ValueError(f"q: {heads} heads are no multiple of {k.shape[1]} key heads")
     if allowed is not None and allowed.shape != (batch, k.shape[2]):
@@ -215,7 +217,7 @@ def split_decode(x: dict[str, Any], allowed, scale: float, tile: Tile, interpret
     return combine(out["out"], out["lse"]).reshape(batch, kv_heads, heads, value)
 
 
-def combine(context: Float[Array, "n splits heads value"], lse: Float[Array, "n splits heads"]):
+def combine(context: jax.Array, lse: jax.Array):
     """The context of all splits, from each one's own and its log-sum-exp."""
     weight = jnp.exp(lse - lse.max(axis=1, keepdims=True)) * (lse > MASKED)
     weight = weight / jnp.maximum(weight.sum(axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny)

@@ -5,34 +5,35 @@ The cache holds [c | k_pe] (B, S, R + P): the latent of keys and values, and the
 
     scores = (q̃ · c + q_pe · k_pe) · scale,   context = softmax(scores) c   (B, H, R).
 
-Bytes: the cache once, B·S·(R+P) elements; FLOPs 2·B·S·H·(2R+P): with 16-bit elements about 2H FLOPs a byte, so that from
-a hundred heads on the tensor cores, not the memory, are the limit. XLA reads the latent twice (as keys, as values) and
+Bytes: the cache once, B·S·(R+P) elements; FLOPs 2·B·S·H·(2R+P): with 16-bit elements about 2H FLOPs a byte, so that
+from a hundred heads on the tensor cores, not the memory, are the limit. XLA reads the latent twice (as keys, as values) and
 writes the scores between. On a GPU from ``decode.WORTH`` slots on the split kernel of ``decode.py`` runs, elsewhere
 :func:`reference`: on a TPU both products are plain matrix products over a cache that XLA streams from HBM.
 """
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
 
 from jaxformers.kernels import decode
 from jaxformers.kernels.decode import Tile
 
 
 def mla_decode(
-    q_latent: Float[Array, "batch heads rank"],
-    q_rope: Float[Array, "batch heads rope"],
-    cache: Float[Array, "batch slots rank_rope"],
+    q_latent: jax.Array,
+    q_rope: jax.Array,
+    cache: jax.Array,
     *,
     scale: float,
-    valid: Bool[Array, "batch slots"] | None = None,
+    valid: jax.Array | None = None,
     implementation: str | None = None,
     tile: Tile | None = None,
     interpret: bool = False,
-) -> Float[Array, "batch heads rank"]:
-    """The latent context of one new token over the slots that ``valid`` marks; zeros where it marks none.
+) -> jax.Array:
+    """The latent context (B, H, R) of one new token: q_latent (B, H, R) and q_rope (B, H, P) over the slots of ``cache``
+    (B, S, R + P) that ``valid`` (B, S) marks; zeros where it marks none.
 
-    ``scale`` is 1/√(d_nope + d_rope) of the unabsorbed heads. ``implementation``: None (by platform and slots), "xla" or
-    "pallas_gpu". No gradient through the kernel. Raises ValueError for shapes that do not fit.
+    ``scale`` is 1/√(d_nope + d_rope) of the unabsorbed heads. ``implementation``: None (by platform and slots), "xla"
+    or "pallas_gpu". No gradient through the kernel. Raises ValueError for shapes that do not fit.
     """
     batch, heads, rank = q_latent.shape
     if q_rope.shape[:2] != (batch, heads):

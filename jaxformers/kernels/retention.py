@@ -1,13 +1,14 @@
 """Retention: attention without softmax, whose decay makes it a linear recurrence (arXiv 2307.08621, 2312.00817).
 
-    o_n = s Σ_{m ≤ n} γ^{t_n − t_m} keep_m ⟨q_n, k_m⟩ v_m,      ⟨q_n, k_m⟩ = Σ_j β_j^{n − m} Re(q_nj k̄_mj e^{i(n − m)ω_j})
+    o_n = s Σ_{m ≤ n} γ^{t_n − t_m} keep_m ⟨q_n, k_m⟩ v_m,    ⟨q_n, k_m⟩ = Σ_j β_j^{n − m} Re(q_nj k̄_mj e^{i(n−m)ω_j})
 
 γ a head's decay, t the times (the indices, when events come regularly), the products over pairs of dimensions being
 xPos (arXiv 2212.10554; without it plain dot products), whose β ≤ 1 and ω depend on the dimension. Three forms, equal to
 rounding: ``parallel`` (quadratic, the definition), ``recurrent`` (one step after the other) and ``chunkwise``: with S
 the state before a chunk, d_i = ln γ · (t_i − time of S) ≤ 0 inside it, and positions counted from the state's,
 
-    o_i = s [ Σ_{m ≤ i} e^{d_i − d_m} ⟨q_i, k_m⟩ v_m + e^{d_i} q_i S ],     S' = F (e^{d_last} S + Σ_m e^{d_last − d_m} k_m v_mᵀ).
+    o_i = s [ Σ_{m ≤ i} e^{d_i − d_m} ⟨q_i, k_m⟩ v_m + e^{d_i} q_i S ]
+    S' = F (e^{d_last} S + Σ_m e^{d_last − d_m} k_m v_mᵀ).
 
 F turns and shrinks the state into the frame of its own last position, so that no power of β ever grows with the
 length, and neither queries nor states know absolute positions. The states come from an associative scan over chunks.
@@ -24,7 +25,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from jaxformers.kernels import retention_gpu
 from jaxformers.kernels.attention import platform
@@ -42,7 +42,8 @@ class XPos:
 
 def xpos(width: int, heads: int, *, theta: float = 10000.0, span: float = 512.0, smooth: float = 0.4) -> XPos:
     """xPos over a query of ``width`` before it is cut into heads: pair j turns by θ^(−2j/width) a step and shrinks by
-    ((2j + smooth·width) / ((1 + smooth)·width))^(1/span). Raises ValueError for a width that pairs or heads do not divide.
+    ((2j + smooth·width) / ((1 + smooth)·width))^(1/span). Raises ValueError for a width that the heads do not cut into
+    pairs.
     """
     if width % (2 * heads):
         raise ValueError(f"width: {heads} heads of pairs need a multiple of {2 * heads}, got {width}")
@@ -53,27 +54,27 @@ def xpos(width: int, heads: int, *, theta: float = 10000.0, span: float = 512.0,
 
 
 def retention(
-    q: Float[Array, "batch length heads key"],
-    k: Float[Array, "batch length heads key"],
-    v: Float[Array, "batch length heads value"],
-    log_decay: Float[Array, "heads"],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
     *,
-    times: Float[Array, "batch length"] | None = None,
-    keep: Array | None = None,
+    times: jax.Array | None = None,
+    keep: jax.Array | None = None,
     positions: XPos | None = None,
-    state: Float[Array, "batch heads key value"] | None = None,
-    state_time: Float[Array, "batch"] | None = None,
+    state: jax.Array | None = None,
+    state_time: jax.Array | None = None,
     scale: float | None = None,
     form: str = "chunkwise",
     chunk: int = 128,
     implementation: str | None = None,
     tiles: Any = None,
     interpret: bool = False,
-) -> tuple[Float[Array, "batch length heads value"], Float[Array, "batch heads key value"]]:
-    """(outputs, state after the last step, float32).
+) -> tuple[jax.Array, jax.Array]:
+    """(outputs (B, L, H, V), state (B, H, K, V) after the last step, float32) of q, k (B, L, H, K) and v (B, L, H, V).
 
-    ``log_decay``: ln γ ≤ 0. ``times`` must not decrease. ``keep`` (B, L): steps that leave something in the state. ``state``
-    stands one index before the first step, or at ``state_time`` if ``times`` are given; what is returned stands at the
+    ``log_decay`` (H,): ln γ ≤ 0. ``times`` (B, L) must not decrease. ``keep`` (B, L): steps that leave something in the
+    state. ``state`` stands one index before the first step, or at ``state_time`` if ``times`` are given; what is returned stands at the
     last step, in the frame of its position, and continues the sequence (:func:`rebase` moves it to another frame). A
     gap of 0 does not decay. ``scale`` defaults to K^(−1/2).
 
@@ -85,7 +86,8 @@ def retention(
     batch, length, heads, size = q.shape
     if k.shape != q.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3] or log_decay.shape != (heads,):
         raise ValueError(
-            f"expected k like q {q.shape}, v (…, value), log_decay ({heads},); got {k.shape}, {v.shape}, {log_decay.shape}"
+            f"expected k like q {q.shape}, v of a size, log_decay ({heads},); "
+            f"got {k.shape}, {v.shape}, {log_decay.shape}"
         )
     for name, a in (("times", times), ("keep", keep)):
         if a is not None and a.shape != (batch, length):
@@ -137,7 +139,7 @@ def step(q, k, v, state, log_decay, gap, *, positions: XPos | None = None, scale
     return jnp.einsum("bhk,bhkv->bhv", q, state, precision="highest") * scale, state
 
 
-def rebase(state: Float[Array, "*batch heads key value"], positions: XPos | None, steps: int) -> Array:
+def rebase(state: jax.Array, positions: XPos | None, steps: int) -> jax.Array:
     """A state in the frame of the position ``steps`` later (or earlier: then xPos' scales grow again)."""
     if positions is None or steps == 0:
         return state
@@ -147,7 +149,7 @@ def rebase(state: Float[Array, "*batch heads key value"], positions: XPos | None
 # ---------------------------------------------------------------------------------------------------------- forms
 
 
-def _apply(x: Float[Array, "batch length heads key"], positions: XPos | None, index: np.ndarray, sign: int):
+def _apply(x: jax.Array, positions: XPos | None, index: np.ndarray, sign: int):
     """x in xPos at the positions ``index``: turned, and scaled by β^(sign · index)."""
     if positions is None:
         return x
@@ -220,9 +222,7 @@ def _chunkwise(q, k, v, log_decay, gaps, positions, state, scale, chunk, inside)
     split = lambda a: a.reshape(batch, chunks, chunk, heads, -1)
     exact = "highest" if k.dtype == jnp.float32 else None
     kept = (split(k).astype(jnp.float32) * rest[..., None]).astype(k.dtype)
-    added = jnp.einsum(
-        "bcihk,bcihv->cbhkv", kept, split(v), precision=exact, preferred_element_type=jnp.float32
-    )
+    added = jnp.einsum("bcihk,bcihv->cbhkv", kept, split(v), precision=exact, preferred_element_type=jnp.float32)
     states = _states(state, added, jnp.exp(jnp.moveaxis(local[..., -1], 2, 0)), positions, chunk, length)
     before = jnp.concatenate([state[None], states[:-1]])
     out = inside(q, k, v, local.reshape(batch, heads, -1), jnp.moveaxis(before, 0, 2)) * scale

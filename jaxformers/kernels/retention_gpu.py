@@ -2,7 +2,7 @@
 
 Per chunk and head, with D_im = e^{d_i − d_m} for m ≤ i, else 0:
     O = (Q Kᵀ ⊙ D) V + e^d ⊙ (Q S);      dQ = (dO Vᵀ ⊙ D) K + e^d ⊙ (dO Sᵀ),  dK = (dO Vᵀ ⊙ D)ᵀ Q,  dV = (Q Kᵀ ⊙ D)ᵀ dO,
-    dS = (e^d ⊙ Q)ᵀ dO (a plain product),  dd_i = dO_i · O_i − K_i · dK_i  (d scales all of O_i, and shrinks what k_i gives).
+    dS = (e^d ⊙ Q)ᵀ dO (a plain product),  dd_i = dO_i · O_i − K_i · dK_i (d_i scales all of O_i, and what k_i gives).
 The c×c scores live in registers, a tile at a time.
 """
 
@@ -152,13 +152,9 @@ def _backward(tiles, interpret, saved, do):
     reach = jnp.exp(local).reshape(batch, heads, chunks, -1).transpose(0, 2, 3, 1)[..., None]
     ahead = (split(q).astype(jnp.float32) * reach).astype(q.dtype)
     exact = "highest" if q.dtype == jnp.float32 else None
-    ds = jnp.einsum(
-        "bcihk,bcihv->bhckv", ahead, split(x["do"]), precision=exact, preferred_element_type=jnp.float32
-    )
+    ds = jnp.einsum("bcihk,bcihv->bhckv", ahead, split(x["do"]), precision=exact, preferred_element_type=jnp.float32)
     dlocal = (do.astype(jnp.float32) * out).sum(-1) - (k.astype(jnp.float32) * pair["dk"]).sum(-1)
-    return (
-        dq.astype(q.dtype), pair["dk"].astype(k.dtype), pair["dv"].astype(v.dtype), dlocal.swapaxes(1, 2), ds
-    )
+    return (dq.astype(q.dtype), pair["dk"].astype(k.dtype), pair["dv"].astype(v.dtype), dlocal.swapaxes(1, 2), ds)
 
 
 _inside.defvjp(_forward, _backward)

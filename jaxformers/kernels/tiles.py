@@ -15,7 +15,7 @@ MASKED = -1e30  # score of a key that is not seen, and log-sum-exp of a query th
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """The static part of a mask, and the shape it applies to. Segments and validity come as arrays, see :func:`seen`."""
+    """The static part of a mask, and the shape it applies to; segments and validity come as arrays (:func:`seen`)."""
 
     queries: int
     keys: int

@@ -1,7 +1,7 @@
 """Inner products and a running top-k in one pass: the n × m scores are never written.
 
-Exact: every pair is scored, equal scores go to the lower key index. FLOPs 2·n·m·D; bytes n·D + ⌈n/tile⌉·m·D elements and
-splits·n·k candidates, against another 4·n·m written and read by a product followed by ``lax.top_k``.
+Exact: every pair is scored, equal scores go to the lower key index. FLOPs 2·n·m·D; bytes n·D + ⌈n/tile⌉·m·D elements
+and splits·n·k candidates, against another 4·n·m written and read by a product followed by ``lax.top_k``.
 
 A program holds a tile of queries and walks its share of the keys. Of each tile of scores it takes out the rows' maxima
 for as long as one of them beats its row's k-th best; after the first tiles that is seldom. The k candidates of all
@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
 
 from jaxformers.kernels.attention import platform
 from jaxformers.kernels.decode import exact_precision
@@ -42,19 +41,22 @@ class Tile:
 
 
 def topk(
-    queries: Float[Array, "n width"],
-    keys: Float[Array, "m width"],
+    queries: jax.Array,
+    keys: jax.Array,
     k: int,
     *,
-    count: Int[Array, ""] | int | None = None,
+    count: jax.Array | int | None = None,
     implementation: str | None = None,
     tile: Tile | None = None,
     interpret: bool = False,
-) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
-    """(scores float32, indices int32) of the k keys of largest inner product, descending.
+) -> tuple[jax.Array, jax.Array]:
+    """(scores float32, indices int32), (n, k): the k of ``keys`` (m, D) of largest inner product with each of ``queries``
+    (n, D), descending.
 
     ``count``: only so many keys are real (the rest is padding; it may be traced, and must be at least k).
-    ``implementation``: None (:func:`choose`), "xla" or "pallas_gpu". Raises ValueError for shapes or a k that do not fit.
+    ``implementation``: None (:func:`choose`), "xla" or "pallas_gpu".
+
+    Raises ValueError for shapes or a k that do not fit.
     """
     if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1]:
         raise ValueError(f"queries (n, D) and keys (m, D) must have one width, got {queries.shape} and {keys.shape}")
@@ -80,7 +82,7 @@ def reference(queries, keys, k: int, count):
     return jax.lax.top_k(jnp.where(jnp.arange(len(keys)) < count, scores, -jnp.inf), k)
 
 
-def merge(scores: Float[Array, "n c"], indices: Int[Array, "n c"], k: int):
+def merge(scores: jax.Array, indices: jax.Array, k: int):
     """The k best of c candidates, equal scores by index."""
     scores, indices = jax.lax.sort((-scores, indices), num_keys=2)
     return -scores[:, :k], indices[:, :k]
@@ -115,7 +117,9 @@ def empty(rows: int, slots: int, k: int):
     return jnp.where(slot < k, -jnp.inf, jnp.inf).astype(jnp.float32), -1 - slot
 
 
-def _gpu_kernel(q_ref, k_ref, count_ref, score_ref, index_ref, *, tile: Tile, n: int, m: int, width: int, k: int, exact):
+def _gpu_kernel(
+    q_ref, k_ref, count_ref, score_ref, index_ref, *, tile: Tile, n: int, m: int, width: int, k: int, exact
+):
     block, share = pl.program_id(0), pl.program_id(1)
     rows = block * tile.queries + jnp.arange(tile.queries)
     steps = pl.cdiv(pl.cdiv(m, tile.keys), tile.splits)
