@@ -50,8 +50,8 @@ def decode(
     tile: Tile | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """The context (B, H, E) of one query a sequence, q (B, H, D), over the slots of k (B, G, S, D) and v (B, G, S, E) that
-    ``allowed`` (B, S) marks; zeros where it marks none. H is a multiple of G.
+    """The context (B, H, E) of one query a sequence, q (B, H, D), over the slots of k (B, G, S, D) and v (B, G, S, E)
+    that ``allowed`` (B, S) marks; zeros where it marks none. H is a multiple of G.
 
     ``implementation``: None (the kernel on a GPU from ``WORTH`` slots on), "xla" or "pallas_gpu". No gradient through
     the kernel. Raises ValueError for shapes that do not fit.

@@ -6,8 +6,8 @@ The cache holds [c | k_pe] (B, S, R + P): the latent of keys and values, and the
     scores = (q̃ · c + q_pe · k_pe) · scale,   context = softmax(scores) c   (B, H, R).
 
 Bytes: the cache once, B·S·(R+P) elements; FLOPs 2·B·S·H·(2R+P): with 16-bit elements about 2H FLOPs a byte, so that
-from a hundred heads on the tensor cores, not the memory, are the limit. XLA reads the latent twice (as keys, as values) and
-writes the scores between. On a GPU from ``decode.WORTH`` slots on the split kernel of ``decode.py`` runs, elsewhere
+from a hundred heads on the tensor cores, not the memory, are the limit. XLA reads the latent twice (as keys, as values)
+and writes the scores between. On a GPU from ``decode.WORTH`` slots on the split kernel of ``decode.py`` runs, elsewhere
 :func:`reference`: on a TPU both products are plain matrix products over a cache that XLA streams from HBM.
 """
 
@@ -29,8 +29,8 @@ def mla_decode(
     tile: Tile | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """The latent context (B, H, R) of one new token: q_latent (B, H, R) and q_rope (B, H, P) over the slots of ``cache``
-    (B, S, R + P) that ``valid`` (B, S) marks; zeros where it marks none.
+    """The latent context (B, H, R) of one new token: q_latent (B, H, R) and q_rope (B, H, P) over the slots of
+    ``cache`` (B, S, R + P) that ``valid`` (B, S) marks; zeros where it marks none.
 
     ``scale`` is 1/√(d_nope + d_rope) of the unabsorbed heads. ``implementation``: None (by platform and slots), "xla"
     or "pallas_gpu". No gradient through the kernel. Raises ValueError for shapes that do not fit.

@@ -74,9 +74,9 @@ def retention(
     """(outputs (B, L, H, V), state (B, H, K, V) after the last step, float32) of q, k (B, L, H, K) and v (B, L, H, V).
 
     ``log_decay`` (H,): ln γ ≤ 0. ``times`` (B, L) must not decrease. ``keep`` (B, L): steps that leave something in the
-    state. ``state`` stands one index before the first step, or at ``state_time`` if ``times`` are given; what is returned stands at the
-    last step, in the frame of its position, and continues the sequence (:func:`rebase` moves it to another frame). A
-    gap of 0 does not decay. ``scale`` defaults to K^(−1/2).
+    state. ``state`` stands one index before the first step, or at ``state_time`` if ``times`` are given; what is
+    returned stands at the last step, in the frame of its position, and continues the sequence (:func:`rebase` moves it
+    to another frame). A gap of 0 does not decay. ``scale`` defaults to K^(−1/2).
 
     ``form``: "chunkwise", "parallel" or "recurrent". ``implementation`` of the chunks: None (by platform and length),
     "xla", "pallas_gpu" or "pallas_tpu". Differentiable in q, k, v, log_decay, times and state.

@@ -50,8 +50,8 @@ def topk(
     tile: Tile | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """(scores float32, indices int32), (n, k): the k of ``keys`` (m, D) of largest inner product with each of ``queries``
-    (n, D), descending.
+    """(scores float32, indices int32), (n, k): the k of ``keys`` (m, D) of largest inner product with each of
+    ``queries`` (n, D), descending.
 
     ``count``: only so many keys are real (the rest is padding; it may be traced, and must be at least k).
     ``implementation``: None (:func:`choose`), "xla" or "pallas_gpu".
