@@ -18,6 +18,7 @@ from jaxformers.safetensors_file import show
 
 # model_type of config.json -> module here
 ARCHITECTURES = {
+    "audio-spectrogram-transformer": "audio_spectrogram_transformer",
     "beit": "beit",
     "bert": "bert",
     "camembert": "roberta",
