@@ -22,7 +22,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxformers.kernels.codes import WORDS, as_float32, as_halves, codes, offset_of, pairs, shift_right
+from jaxformers.kernels.codes import (
+    WORDS,
+    as_float32,
+    as_halves,
+    codes,
+    offset_of,
+    pairs,
+    quotient,
+    remainder,
+    shift_right,
+)
 from jaxformers.kernels.shape import Shape
 
 
@@ -135,7 +145,7 @@ def _tensor_kernel(x_ref, w_ref, s_ref, z_ref, *rest, shape: Shape, tile: Tile):
     cols = pl.program_id(1) * tile.n + jnp.arange(tile.n)
     in_n = cols < shape.n
     local = jnp.arange(tile.m)
-    m_rows, part = pl.program_id(0) * (tile.m // fold) + local // fold, local % fold
+    m_rows, part = pl.program_id(0) * (tile.m // fold) + quotient(local, fold), remainder(local, fold)
     dtype = x_ref.dtype
     # The product is formed as (m, n) or, `transposed`, as (n, m): along(v) lies along m or n of it.
     along_m = (lambda v: v[None, :]) if tile.transposed else (lambda v: v[:, None])
@@ -146,7 +156,7 @@ def _tensor_kernel(x_ref, w_ref, s_ref, z_ref, *rest, shape: Shape, tile: Tile):
     def load_x(k, offset, index):  # k (columns of x,), offset (their place in the step,)
         mask = (m_rows < shape.m)[:, None] & (k < shape.k)[None, :]
         if fold > 1:
-            mask &= (offset // shape.group)[None, :] == part[:, None]
+            mask &= quotient(offset, shape.group)[None, :] == part[:, None]
         return _take(x_ref, (m_rows[:, None], *index), mask)
 
     def load_parts(row):
@@ -165,7 +175,7 @@ def _tensor_kernel(x_ref, w_ref, s_ref, z_ref, *rest, shape: Shape, tile: Tile):
         rows, xs = row + jnp.arange(tile.words), load_parts(row)
         for i, code in enumerate(codes(_load_words(w_ref, rows, cols, shape), shape.bits)):
             k = rows * per + i
-            group = _take(g_ref, (k,), k < shape.k) if shape.act_order else k // shape.group
+            group = _take(g_ref, (k,), k < shape.k) if shape.act_order else quotient(k, shape.group)
             mask = (k < shape.k)[:, None] & in_n[None, :]
             scale, zero = _levels(s_ref, z_ref, group[:, None], cols[None, :], mask, shape)
             acc += dot(xs[i], _value(code, scale, zero, shape.ternary).astype(dtype))
@@ -173,7 +183,7 @@ def _tensor_kernel(x_ref, w_ref, s_ref, z_ref, *rest, shape: Shape, tile: Tile):
 
     def word_by_word(row, acc):
         rows = row + jnp.arange(tile.words)
-        group = rows * per // shape.group
+        group = quotient(rows * per, shape.group)
         mask = (rows < shape.rows)[:, None] & in_n[None, :]
         scale, zero = _levels(s_ref, z_ref, group[:, None], cols[None, :], mask, shape)
         words, xs = _load_words(w_ref, rows, cols, shape), load_parts(row)
@@ -183,7 +193,7 @@ def _tensor_kernel(x_ref, w_ref, s_ref, z_ref, *rest, shape: Shape, tile: Tile):
 
     def group_by_group(row, acc):
         group = part if fold > 1 else jnp.zeros((1,), jnp.int32)
-        group = group if shape.groups == 1 else group + row * per // shape.group
+        group = group if shape.groups == 1 else group + quotient(row * per, shape.group)
         mask = along_m(group < shape.groups) & along_n(in_n)
         scale, zero = _levels(s_ref, z_ref, along_m(group), along_n(cols), mask, shape)
         words, xs = _load_words(w_ref, row + jnp.arange(tile.words), cols, shape), load_parts(row)
@@ -228,7 +238,7 @@ def _vector_kernel(x_ref, w_ref, s_ref, z_ref, *rest, shape: Shape, tile: Tile):
                 group = jnp.zeros((1,), jnp.int32)
             else:
                 whole = shape.group % (tile.words * per) == 0  # the step lies within one group
-                group = (jnp.full((1,), row, jnp.int32) if whole else rows) * per // shape.group
+                group = quotient((jnp.full((1,), row, jnp.int32) if whole else rows) * per, shape.group)
             mask = (group < shape.groups)[:, None] & (cols < shape.n)[None, :]
             scale, zero = _levels(s_ref, z_ref, group[:, None], cols[None, :], mask, shape)
             one, two = (scale, zero) if shape.ternary else (1.0, zero)
@@ -236,7 +246,7 @@ def _vector_kernel(x_ref, w_ref, s_ref, z_ref, *rest, shape: Shape, tile: Tile):
         for i, code in enumerate(codes(words, shape.bits)):
             k = rows * per + i
             if not per_word:
-                group = _take(g_ref, (k,), k < shape.k) if shape.act_order else k // shape.group
+                group = _take(g_ref, (k,), k < shape.k) if shape.act_order else quotient(k, shape.group)
                 mask = (k < shape.k)[:, None] & (cols < shape.n)[None, :]
                 one, two = _levels(s_ref, z_ref, group[:, None], cols[None, :], mask, shape)
             value = as_float32(code) - two if per_word and not shape.ternary else _value(code, one, two, shape.ternary)

@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxformers.kernels.codes import WORDS, as_float32, codes, constant, pairs, shift_right
+from jaxformers.kernels.codes import WORDS, as_float32, codes, constant, pairs, quotient, remainder, shift_right
 from jaxformers.kernels.shape import Shape
 
 SUBLANES = 8  # rows of a 32-bit register
@@ -91,7 +91,18 @@ def _unpacked(words: list[jax.Array], shape: Shape, dtype) -> list[jax.Array]:
     return [jnp.concatenate([to_float(p) for p in plane], axis=0) for plane in (planes if shape.ternary else [found])]
 
 
-def _kernel(x_ref, w_ref, s_ref, z_ref, y_ref, acc_ref, *, shape: Shape, tile: Tile):
+def _load_words(w_refs, chunk: int, tile: Tile, count: int) -> list[jax.Array]:
+    """The words (or the triple) of a chunk (rows, n). Strided loads need blocks of 128 columns."""
+    first = chunk * tile.rows * count
+    if count == 1:
+        return [w_refs[0][first : first + tile.rows, :]]
+    load = lambda ref, i: ref[pl.ds(first + i, tile.rows, stride=count), :]
+    return [jnp.concatenate([load(ref, i) for ref in w_refs], axis=1) for i in range(count)]
+
+
+def _kernel(x_ref, s_ref, z_ref, *refs, shape: Shape, tile: Tile):
+    *w_refs, y_ref, acc_ref = refs
+
     @pl.when(pl.program_id(2) == 0)
     def _():
         acc_ref[...] = jnp.zeros_like(acc_ref)
@@ -104,14 +115,11 @@ def _kernel(x_ref, w_ref, s_ref, z_ref, y_ref, acc_ref, *, shape: Shape, tile: T
     for chunk in range(tile.chunks):
         x = x_ref[:, chunk * size : (chunk + 1) * size]
         if tile.segments > 1:  # one copy for each group, zero elsewhere
-            place = jax.lax.broadcasted_iota(jnp.int32, (1, size), 1) % (tile.rows * doubled) // doubled
-            segment = place // (tile.rows // tile.segments)
-            x = jnp.concatenate([jnp.where(segment == i, x, 0).astype(dtype) for i in range(tile.segments)], axis=0)
-        first = chunk * tile.rows * count
-        if count == 1:
-            words = [w_ref[first : first + tile.rows, :]]
-        else:
-            words = [w_ref[pl.ds(first + i, tile.rows, stride=count), :] for i in range(count)]
+            place = remainder(jax.lax.broadcasted_iota(jnp.int32, (1, size), 1), tile.rows * doubled)
+            segment = quotient(place, doubled * tile.rows // tile.segments)
+            wide = x.astype(jnp.float32)  # not every TPU computes in bfloat16
+            x = jnp.concatenate([jnp.where(segment == i, wide, 0) for i in range(tile.segments)], axis=0).astype(dtype)
+        words = _load_words(w_refs, chunk, tile, count)
         total = jnp.sum(x.astype(jnp.float32), axis=1, keepdims=True)
         dots = [
             jnp.dot(x, w, precision=precision, preferred_element_type=jnp.float32)
@@ -149,16 +157,18 @@ def matmul(x, words, scales, zeros, shape: Shape, interpret=False) -> jax.Array:
     ):  # what lies behind the end of an array may be NaN; of words any bits will do, as x is zero there
         scales, zeros = (jnp.pad(a, ((0, steps * groups - shape.groups), (0, 0))) for a in (scales, zeros))
     table = pl.BlockSpec((groups, tile.n), lambda m, n, k: (0 if shape.groups == 1 else k, n))
-    block = (tile.rows * tile.chunks * count, tile.n)
+    parts = 1 if count == 1 else tile.n // 128
+    block = (tile.rows * tile.chunks * count, tile.n // parts)
+    blocks = [pl.BlockSpec(block, lambda m, n, k, i=i: (k, n * parts + i)) for i in range(parts)]
     return pl.pallas_call(
         functools.partial(_kernel, shape=shape, tile=tile),
         out_shape=jax.ShapeDtypeStruct((shape.m, shape.n), x.dtype),
         grid=(-(-shape.m // tile.m), -(-shape.n // tile.n), steps),
         in_specs=[
             pl.BlockSpec((tile.m, tile.rows * tile.chunks * per), lambda m, n, k: (m, k)),
-            pl.BlockSpec(block, lambda m, n, k: (k, n)),
             table,
             table,
+            *blocks,
         ],
         out_specs=pl.BlockSpec((tile.m, tile.n), lambda m, n, k: (m, n)),
         scratch_shapes=[pltpu.VMEM((tile.m, tile.n), jnp.float32)],
@@ -166,4 +176,4 @@ def matmul(x, words, scales, zeros, shape: Shape, interpret=False) -> jax.Array:
         cost_estimate=shape.cost(x.dtype),
         interpret=interpret,
         name=f"lowbit_matmul_{shape.bits}_bits",
-    )(x, words, scales, zeros)
+    )(x, scales, zeros, *[words] * parts)
