@@ -32,6 +32,7 @@ ARCHITECTURES = {
     "distilbert": "distilbert",
     "electra": "electra",
     "esm": "esm",
+    "gin": "gin",
     "glm": "glm",
     "gpt2": "gpt2",
     "gpt_bigcode": "gpt_bigcode",

@@ -9,6 +9,7 @@ from jaxformers.nn.decoder import decode, empty_cache
 from jaxformers.nn.dropout import dropout, split
 from jaxformers.nn.embeddings import Embeddings, check_length, padded_positions
 from jaxformers.nn.experts import ExpertLinear, Experts, MoE, balance_loss, check_routing, route
+from jaxformers.nn.gin import POOLS, GraphBlock, graph_pool
 from jaxformers.nn.heads import (
     CausalLMHead,
     ClassificationHead,
@@ -23,7 +24,7 @@ from jaxformers.nn.keys import Keys
 from jaxformers.nn.linear import Embed, Linear
 from jaxformers.nn.mla import LatentAttention
 from jaxformers.nn.mlp import MLP, activation
-from jaxformers.nn.norms import BatchNorm, LayerNorm, RMSNorm, follow
+from jaxformers.nn.norms import BatchNorm, LayerNorm, RMSNorm, follow, followed
 from jaxformers.nn.output import Output
 from jaxformers.nn.pooling import normalize, pool
 from jaxformers.nn.positions import Rotary, relative_buckets, rotary_from_hf, rotary_table, rotary_to_hf, rotate
@@ -40,6 +41,7 @@ from jaxformers.nn.vision import (
 from jaxformers.nn.windows import PatchMerging, WindowAttention
 
 __all__ = [
+    "POOLS", "GraphBlock", "followed", "graph_pool",
     "ExpertLinear", "Experts", "Latent", "LatentAttention", "MoE", "balance_loss", "check_routing", "route",
     "Memory", "WithMemory", "memory_cache", "memory_context", "shift_right",
     "BatchNorm", "GridBias", "ImageEmbeddings", "PatchMerging", "Stages", "WindowAttention", "drop_path_rates",

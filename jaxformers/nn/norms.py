@@ -1,10 +1,14 @@
 """Normalisations. Statistics are float32 whatever the activations' dtype."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from jaxformers import paths
 from jaxformers.sites import site
 
 
@@ -45,7 +49,8 @@ class BatchNorm(nnx.Module):
     """``(x − mean) / sqrt(var + eps) · scale + bias`` with one mean and variance per channel (arXiv 1502.03167).
 
     By default those of the checkpoint, ``mean`` and ``var``, which are no weights: they get no gradient. With
-    ``batch_statistics`` those of x itself, as in training; the running ones then follow by :func:`follow`.
+    ``batch_statistics`` those of x itself, as in training; the running ones then follow by :func:`follow`. Rows that
+    ``valid`` leaves out (padding) do not count.
 
     Sites: ``mean``, ``var`` (channels,): what was used; the variance is the unbiased one, as torch's running average.
     """
@@ -59,15 +64,25 @@ class BatchNorm(nnx.Module):
         self.var = nnx.Param(jnp.ones(width))
 
     def __call__(
-        self, x: Float[Array, "*batch channels"], *, batch_statistics: bool = False
+        self,
+        x: Float[Array, "*batch channels"],
+        *,
+        batch_statistics: bool = False,
+        valid: Bool[Array, "*batch"] | None = None,
     ) -> Float[Array, "*batch channels"]:
         h = x.astype(jnp.float32)
         if batch_statistics:
             axes, n = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
             if n < 2:
                 raise ValueError("batch_statistics: one value per channel has no variance; give more images or pixels")
-            mean = site(f"{self.path}.mean", h.mean(axes))
-            var = site(f"{self.path}.var", jnp.square(h - mean).mean(axes) * (n / (n - 1))) * ((n - 1) / n)
+            if valid is None:
+                average, ratio = lambda y: y.mean(axes), n / (n - 1)
+            else:
+                real = jnp.broadcast_to(valid[..., None], x.shape)
+                count = jnp.maximum(valid.sum(), 1).astype(jnp.float32)
+                average, ratio = lambda y: jnp.where(real, y, 0).sum(axes) / count, count / jnp.maximum(count - 1, 1)
+            mean = site(f"{self.path}.mean", average(h))
+            var = site(f"{self.path}.var", average(jnp.square(h - mean)) * ratio) / ratio
         else:
             mean = site(f"{self.path}.mean", jax.lax.stop_gradient(self.mean.get_value().astype(jnp.float32)))
             var = site(f"{self.path}.var", jax.lax.stop_gradient(self.var.get_value().astype(jnp.float32)))
@@ -78,3 +93,17 @@ class BatchNorm(nnx.Module):
 def follow(running: Float[Array, "channels"], batch: Float[Array, "channels"], momentum: float = 0.1) -> jax.Array:
     """The next running statistic: ``(1 − momentum) · running + momentum · batch``, torch's rule for a BatchNorm."""
     return (1 - momentum) * running + momentum * batch
+
+
+def followed(params: Mapping[str, Any], seen: Mapping[str, jax.Array], momentum: float = 0.1) -> dict[str, Any]:
+    """``params`` whose running statistics :func:`follow` those of a batch, ``seen`` at the sites of its batch norms.
+
+    ``_, seen = jf.reap(apply, "**.norm.{mean,var}")(params, batch, rngs=key)``. Raises ValueError for a name that is no
+    parameter.
+    """
+    flat = paths.flatten(params)
+    for name, batch in seen.items():
+        if name not in flat:
+            raise ValueError(f"seen: {name} is no running statistic of these params")
+        flat[name] = follow(flat[name], batch, momentum).astype(flat[name].dtype)
+    return paths.unflatten(flat)
