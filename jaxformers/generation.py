@@ -1,108 +1,157 @@
-"""Text from a decoder: `generate`, greedy or sampled.
+"""Text from a decoder, or from an encoder–decoder: `generate`, greedy, sampled or by beam search.
 
-Prompts are padded on the left to a bucket of lengths, run once (prefill) and then continued token by token with a
-key/value cache of static shape. Prefill and the loop over tokens are one compiled program per structure of model and
-(batch, prompt length, new tokens) bucket. Whatever else changes is an argument of it and compiles nothing: temperature,
-top-k, top-p, key, end tokens, the number of new tokens within its bucket, the weights.
+A decoder's prompts are padded on the left to a bucket of lengths, an encoder's inputs on the right; they are run once
+(prefill) and then continued token by token with a key/value cache of static shape (:mod:`jaxformers.decoding`, and
+:mod:`jaxformers.beam` for beams). What is compiled depends on the structure of the model and on the bucket (batch,
+prompt length, new tokens; the number of beams) alone. Whatever else changes is an argument and compiles nothing.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from jaxformers import surgery
+from jaxformers import beam, decoding, surgery
+from jaxformers.beam import Search
+from jaxformers.data.padding import bucket, length_buckets, pad_rows
+from jaxformers.decoding import Prompts, Sampler, State, Stops
+from jaxformers.prompts import (
+    Endings,
+    Request,
+    batch_bucket,
+    continuation,
+    cut,
+    ending_arrays,
+    endings,
+    form,
+    request,
+    text_of,
+    tokenizer_of,
+)
 
 if TYPE_CHECKING:
     from jaxformers.data.tokenizers import Tokenizer
 
-BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # rows that are compiled for; more in steps of 64
-
-
-class Sampler(NamedTuple):
-    """How the next token is chosen: traced scalars."""
-
-    temperature: Float[Array, ""]  # 0: the most likely token
-    top_k: Int[Array, ""]  # the vocabulary's size: all
-    top_p: Float[Array, ""]  # 1: all
-    key: jax.Array
+HEADS = ("causal_lm", "seq2seq_lm")
+EARLY = {False: 0, True: beam.WHEN_FULL, "never": beam.NEVER}
+Stream = Callable[[int, dict[int, int]], Any]
 
 
 def generate(
     model: nnx.Module,
-    prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray,
+    prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | None = None,
     *,
     max_new_tokens: int,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    num_beams: int = 1,
+    length_penalty: float | None = None,
+    early_stopping: bool | str | None = None,
+    num_return_sequences: int | None = None,
+    return_scores: bool = False,
+    stop_sequences: str | Sequence[str | Sequence[int]] = (),
+    stream: Stream | None = None,
     key: jax.Array | None = None,
     tokenizer: Tokenizer | None = None,
     eos_token_id: int | Sequence[int] | None = None,
+    decoder_prompt: Sequence[int] | None = None,
     batch_size: int = 64,
     pixel_values: Float[Array, "images channels height width"] | None = None,
 ) -> Any:
-    """Continue each prompt by at most ``max_new_tokens`` tokens.
+    """Continue each prompt by at most ``max_new_tokens`` tokens; with an encoder–decoder, answer it.
 
     ``prompts``: a text or several, or the token ids of one or several. Returns what was generated, without the prompt,
     in the same form: str for a str, a list of str for several, and a list of ids, or a list of such, for ids. Ids end
-    with the end token where one was reached; texts leave special tokens out.
+    with the end token or stop sequence where one was reached; texts leave special tokens out and end before a stop
+    sequence.
 
     Without ``temperature``, or with 0, the most likely token is taken (greedy). Otherwise a token is drawn from
     softmax(logits / temperature) with ``key``, after restriction to the ``top_k`` most likely tokens (ties with the
-    last of them stay) and then to the smallest set of most likely tokens whose probability reaches ``top_p``
-    (arXiv 1904.09751). Row i draws with its own key: its text does not depend on the batch's size or padding.
+    last of them stay), then to the smallest set of most likely tokens whose probability reaches ``top_p``
+    (arXiv 1904.09751), then to those at least ``min_p`` times as likely as the most likely one (arXiv 2407.01082). Row
+    i draws with its own key: its text does not depend on the batch's size or padding. ``repetition_penalty`` divides
+    the positive scores, and multiplies the negative ones, of tokens that the row has had, a decoder's prompt included
+    (arXiv 1909.05858); above 1 it discourages them.
+
+    ``num_beams`` above 1 searches for the most likely text instead, see :mod:`jaxformers.beam`. A hypothesis of n
+    tokens scores Σ log p / n^``length_penalty`` (1 by default; more favours longer ones). ``early_stopping``: True
+    stops a row as soon as it has as many ended hypotheses as beams, False (by default) when its best beam would not
+    beat them if it ended now, ``"never"`` when no continuation could. ``num_return_sequences`` gives a list of so many
+    for each prompt, best first, instead of the best alone; ``return_scores`` also the scores, ``(texts, scores)`` in
+    the same form.
 
     ``eos_token_id``: the token, or tokens, at which a row stops; by default those of ``generation_config.json``, else
-    of ``config.json``, else the tokenizer's. ``()`` never stops. ``tokenizer`` defaults to the one in the directory the
-    model came from, and is not needed for ids. ``batch_size`` prompts run at a time, the longest first.
+    of ``config.json``, else the tokenizer's. ``()`` never stops. ``stop_sequences``: more that ends a row, each a list
+    of token ids or a text. ``decoder_prompt``: the ids that an encoder–decoder's decoder starts from, by default the
+    checkpoint's ``decoder_start_token_id``. ``tokenizer`` defaults to the one in the directory the model came from, and
+    is not needed for ids.
 
-    ``pixel_values``: the images of all prompts, for a model that reads images (LLaVA), in the order of their image
-    tokens.
+    ``stream(step, {row: token})`` is called after each step, in order, with the new token of each row (numbered as the
+    prompts are) that had not stopped. Streaming, and stop sequences that are texts, hand control back to Python at each
+    step: nothing more is compiled, but each step waits for its tokens, which costs small models about as much as the
+    step, and accelerators a round trip. Token ids as stop sequences cost nothing.
 
-    Raises ValueError: a model without a causal language model's head; images that do not match the prompts' image
-    tokens; an empty prompt, ids outside the vocabulary, or a
-    prompt that with ``max_new_tokens`` exceeds the model's positions; settings out of range; sampling without a key; no
-    tokenizer for a text.
+    ``batch_size`` prompts run at a time (times beams: ``batch_size`` sequences), the longest first; ``stream`` then
+    begins again at step 0. ``pixel_values``: the images of all prompts, for a model that reads images: in the order of
+    their image tokens (LLaVA), or instead of prompts, one for each answer (vision encoder–decoders; the answers are
+    texts where a ``tokenizer`` is given).
+
+    Raises ValueError: a model without a language model's head; images that do not match the prompts' image tokens; an
+    empty prompt, ids outside the vocabulary, or a prompt that with ``max_new_tokens`` exceeds the model's positions;
+    settings out of range or without effect; sampling without a key; no tokenizer for a text.
     """
-    if getattr(model, "head_name", None) != "causal_lm":
+    if getattr(model, "head_name", None) not in HEADS:
         raise ValueError(
-            f"model: head {getattr(model, 'head_name', None)!r} predicts no next token; load it with head='causal_lm'"
+            f"model: head {getattr(model, 'head_name', None)!r} predicts no next token; load it with head='causal_lm' "
+            "or, for an encoder–decoder, 'seq2seq_lm'"
         )
-    sampler = _sampler(model.config.vocab_size, temperature, top_k, top_p, key)
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name}={value!r}: expected a whole number of 1 or more")
-    single, texts = _form(prompts)
+    sampler = _sampler(model.config.vocab_size, temperature, top_k, top_p, min_p, repetition_penalty, key)
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("num_beams", num_beams)):
+        _whole(name, value)
+    search = _search(num_beams, length_penalty, early_stopping, sampler, max_new_tokens)
+    returned = _returned(num_beams, num_return_sequences, return_scores)
+    single, texts = (np.ndim(pixel_values) == 3, tokenizer is not None) if prompts is None else form(prompts)
     if texts and tokenizer is None:
-        tokenizer = _tokenizer(model)
-    rows = _rows(prompts, single, texts, tokenizer, model.config, max_new_tokens)
-    ends = _end_tokens(model, tokenizer, eos_token_id)
-    images = _images(model, rows, pixel_values)
+        tokenizer = tokenizer_of(model)
+    stops = endings(model, tokenizer, eos_token_id, stop_sequences)
+    if search is not None and (stream is not None or stops.texts):
+        raise ValueError("num_beams: beams change until the end, so no stream, and no stop_sequences that are texts")
+    if prompts is None and single:
+        pixel_values = np.asarray(pixel_values)[None]
+    listed = None if prompts is None else [prompts] if single else list(prompts)
+    asked = request(model, listed, tokenizer, pixel_values, decoder_prompt, max_new_tokens)
     program = _Program.of(model)
-    found: list[list[int]] = [[] for _ in rows]
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
-        first = {} if images is None else _padded_images([images[i] for i in chunk])
-        new = program.run([rows[i] for i in chunk], chunk, max_new_tokens, ends, sampler, first)
-        for i, ids in zip(chunk, new, strict=True):
-            found[i] = ids
-    if texts:
-        found = [_continuation(tokenizer, row, ids) for row, ids in zip(rows, found, strict=True)]
-    return found[0] if single else found
+    before = lambda i: [] if hasattr(model, "encode") else asked.rows[i]
+    write = (lambda i, ids: text_of(tokenizer, before(i), ids, stops)) if texts else (lambda i, ids: ids)
 
-
-# ---- the compiled part ---------------------------------------------------------------------------------------------
+    found: list[Any] = [None] * len(asked.rows)
+    scores: list[Any] = [None] * len(asked.rows)
+    order = sorted(range(len(asked.rows)), key=lambda i: -asked.lengths[i])
+    at_once = max(1, batch_size // num_beams)
+    for start in range(0, len(order), at_once):
+        chunk = order[start : start + at_once]
+        if search is not None:
+            for i, hypotheses in zip(chunk, program.search(asked, chunk, search, num_beams, stops), strict=True):
+                best = hypotheses[: returned or 1]
+                found[i], scores[i] = [write(i, ids) for ids, _ in best], [score for _, score in best]
+                if returned is None:
+                    found[i], scores[i] = found[i][0], scores[i][0]
+            continue
+        watch = _watch(stream, chunk, stops, tokenizer, before) if stream is not None or stops.texts else None
+        for i, ids in zip(chunk, program.sample(asked, chunk, max_new_tokens, sampler, stops, watch), strict=True):
+            found[i] = write(i, ids)
+    if single:
+        found, scores = found[0], scores[0]
+    return (found, scores) if return_scores else found
 
 
 class _Program(NamedTuple):
@@ -117,135 +166,125 @@ class _Program(NamedTuple):
         graph, state = nnx.split(model)
         return cls(graph, nnx.to_pure_dict(state), getattr(model.config, "max_position_embeddings", None))
 
-    def run(
+    def sample(
         self,
-        rows: list[list[int]],
-        numbers: list[int],
+        asked: Request,
+        chunk: list[int],
         max_new_tokens: int,
-        ends: tuple[int, ...],
         sampler: Sampler,
-        first: dict[str, Any],
+        stops: Endings,
+        watch: Callable[[int, dict[int, int]], list[int]] | None,
     ) -> list[list[int]]:
-        """The new ids of each of ``rows``; ``numbers`` are their places in the user's list. ``first``: what else the
-        model reads with the prompts."""
-        from jaxformers.data.padding import bucket, length_buckets, pad_rows
+        """The new ids of the prompts numbered ``chunk``, greedy or drawn."""
+        prompts, done, new_slots = self._arrays(asked, chunk, max_new_tokens)
+        numbers = np.asarray([*chunk, *[0] * (len(done) - len(chunk))], np.int32)
+        ending = Stops(*ending_arrays(stops))
+        state = decoding.start(self.graph, self.params, prompts, numbers, done, sampler, ending, new_slots=new_slots)
+        further = lambda state, until: decoding.go_on(
+            self.graph, self.params, state, np.int32(until), numbers, sampler, ending
+        )
+        if watch is not None:
+            return _step_by_step(state, further, len(chunk), max_new_tokens, watch)
+        tokens = np.asarray(further(state, max_new_tokens).tokens)
+        return [cut(row[:max_new_tokens].tolist(), stops) for row in tokens[: len(chunk)]]
 
+    def search(
+        self, asked: Request, chunk: list[int], search: Search, num_beams: int, stops: Endings
+    ) -> list[list[tuple[list[int], float]]]:
+        """``(ids, score)`` of each hypothesis, best first, for the prompts numbered ``chunk``."""
+        prompts, done, new_slots = self._arrays(asked, chunk, int(search.max_new_tokens))
+        ending = Stops(*ending_arrays(stops))
+        found = beam.search(
+            self.graph, self.params, prompts, done, search, ending, num_beams=num_beams, new_slots=new_slots
+        )
+        tokens, lengths, scores = (np.asarray(a)[: len(chunk)] for a in found)
+        return [
+            [(ids[:n].tolist(), float(score)) for ids, n, score in zip(*row, strict=True)]
+            for row in zip(tokens, lengths, scores, strict=True)
+        ]
+
+    def _arrays(self, asked: Request, chunk: list[int], max_new_tokens: int) -> tuple[Prompts, np.ndarray, int]:
+        """The prompts filled up to their bucket, which rows only fill it up, and the bucket of new tokens."""
+        size = batch_bucket(len(chunk))
+        rows = [asked.rows[i] for i in chunk]
         # of the positions, max_new_tokens are spoken for; padding takes slots of the cache, never more than positions
         room = None if self.positions is None else self.positions - max_new_tokens
-        length = bucket(rows, length_buckets(room or 1 << 30))
+        length = bucket(rows, length_buckets(room or 1 << 30)) if asked.padded else len(rows[0])
         new_slots = next(n for n in length_buckets(1 << 30) if n >= max_new_tokens)
         new_slots = new_slots if self.positions is None else min(new_slots, self.positions - length)
-        size = next((n for n in BATCHES if n >= len(rows)), -(-len(rows) // 64) * 64)
-        filled = [*rows, *[[0]] * (size - len(rows))]
-        stop = np.full(max(4, len(ends)), -1, np.int32)  # few counts of end tokens, few shapes
-        stop[: len(ends)] = ends
-        tokens = _decode(
-            self.graph,
-            self.params,
-            pad_rows(filled, length, 0, "left"),
-            pad_rows([[1] * len(row) for row in filled], length, 0, "left"),
-            np.arange(size) >= len(rows),
-            np.asarray([*numbers, *[0] * (size - len(rows))], np.int32),
-            np.int32(max_new_tokens),
-            stop,
-            sampler,
-            first,
-            new_slots=new_slots,
-        )
-        return [_cut(row.tolist(), ends, max_new_tokens) for row in np.asarray(tokens)[: len(rows)]]
+        filled = [*rows, *[rows[0] if not asked.padded else [0]] * (size - len(rows))]
+        ids = pad_rows(filled, length, 0, "left")
+        mask = pad_rows([[1] * len(row) for row in filled], length, 0, "left") if asked.padded else None
+        return Prompts(ids, mask, asked.first(chunk, size)), np.arange(size) >= len(rows), new_slots
 
 
-@partial(jax.jit, static_argnums=0, static_argnames="new_slots")
-def _decode(
-    graph: Any,
-    params: dict[str, Any],
-    input_ids: Int[Array, "batch length"],
-    attention_mask: Int[Array, "batch length"],
-    done: Bool[Array, "batch"],
-    numbers: Int[Array, "batch"],
-    max_new_tokens: Int[Array, ""],
-    stop: Int[Array, "ends"],
-    sampler: Sampler,
-    first: dict[str, Any],
-    *,
-    new_slots: int,
-) -> Int[Array, "batch new"]:
-    model = nnx.merge(graph, params)
-    batch, length = input_ids.shape
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(sampler.key, numbers)
-
-    def forward(
-        ids: jax.Array, mask: jax.Array | None, positions: jax.Array, cache: Any, **first: Any
-    ) -> tuple[jax.Array, Any]:
-        out = model(ids, mask, position_ids=positions, cache=cache, logits_to_keep=1, **first)
-        return out.logits[:, -1].astype(jnp.float32), out.cache
-
-    def choose(logits: jax.Array, step: jax.Array) -> jax.Array:
-        return next_token(logits, sampler._replace(key=jax.vmap(jax.random.fold_in, (0, None))(keys, step)))
-
-    cache = model.empty_cache(batch, length + new_slots)
-    positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
-    logits, cache = forward(input_ids, attention_mask, positions, cache, **first)
-    token = choose(logits, 0)
-    tokens = jnp.zeros((batch, new_slots), jnp.int32).at[:, 0].set(token)
-    done = done | jnp.isin(token, stop)
-
-    def unfinished(state: tuple) -> jax.Array:
-        step, _, _, done, _, _ = state
-        return (step < max_new_tokens) & ~done.all()
-
-    def advance(state: tuple) -> tuple:
-        step, token, position, done, tokens, cache = state
-        logits, cache = forward(token[:, None], None, position[:, None], cache)
-        token = choose(logits, step)
-        tokens = tokens.at[:, step].set(token)
-        return step + 1, token, position + 1, done | jnp.isin(token, stop), tokens, cache
-
-    state = (jnp.int32(1), token, positions[:, -1] + 1, done, tokens, cache)
-    return jax.lax.while_loop(unfinished, advance, state)[4]
+# ---- one step at a time ----------------------------------------------------------------------------------------------
 
 
-def next_token(logits: Float[Array, "batch vocab"], sampler: Sampler) -> Int[Array, "batch"]:
-    """One token a row; ``sampler.key`` holds one key a row. Sorting happens only when top-k or top-p ask for it."""
-    vocab = logits.shape[-1]
-
-    def greedy(logits: jax.Array) -> jax.Array:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    def draw(logits: jax.Array) -> jax.Array:
-        logits = logits / sampler.temperature
-        all_of_them = (sampler.top_k >= vocab) & (sampler.top_p >= 1)
-        logits = jax.lax.cond(all_of_them, lambda x: x, lambda x: restrict(x, sampler.top_k, sampler.top_p), logits)
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocab,)))(sampler.key)
-        return greedy(logits + noise)  # the Gumbel-max trick: a draw from softmax(logits)
-
-    return jax.lax.cond(sampler.temperature > 0, draw, greedy, logits)
-
-
-def restrict(
-    logits: Float[Array, "batch vocab"], top_k: Int[Array, ""], top_p: Float[Array, ""]
-) -> Float[Array, "batch vocab"]:
-    """-inf for all but the ``top_k`` largest logits and, of these, those that reach probability ``top_p``.
-
-    A token stays when the tokens before it, in falling order, have less than ``top_p`` together: at least one always.
-    Tokens equal to the last one that stays, stay too.
-    """
-    vocab = logits.shape[-1]
-    falling = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-    last = jnp.take(falling, jnp.minimum(top_k, vocab) - 1, axis=-1)[:, None]
-    probability = jax.nn.softmax(jnp.where(falling >= last, falling, -jnp.inf), axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    stays = (falling >= last) & ((before < top_p) | (top_p >= 1))
-    least = jnp.min(jnp.where(stays, falling, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= least, logits, -jnp.inf)
+def _step_by_step(
+    state: State,
+    further: Callable[[State, int], State],
+    count: int,
+    max_new_tokens: int,
+    watch: Callable[[int, dict[int, int]], list[int]],
+) -> list[list[int]]:
+    """Like the compiled loop, but ``watch(step, {row: token})`` sees each step and says which rows are to stop."""
+    found: list[list[int]] = [[] for _ in range(count)]
+    alive = list(range(count))
+    for step in range(max_new_tokens):
+        state = further(state, step + 1)  # the first token is there already
+        token, done = np.asarray(state.token), np.array(state.done)
+        new = {i: int(token[i]) for i in alive}
+        for i, one in new.items():
+            found[i].append(one)
+        stopped = watch(step, new)
+        if stopped:
+            done[stopped] = True
+            state = state._replace(done=jnp.asarray(done))
+        alive = [i for i in alive if not done[i]]
+        if not alive:
+            break
+    return found
 
 
-# ---- the user's words to arrays and back ---------------------------------------------------------------------------
+def _watch(
+    stream: Stream | None,
+    chunk: list[int],
+    stops: Endings,
+    tokenizer: Tokenizer | None,
+    before: Callable[[int], list[int]],
+) -> Callable[[int, dict[int, int]], list[int]]:
+    """What looks at each step: hands the tokens to ``stream``, and finds the rows whose text has come to a stop."""
+    new: dict[int, list[int]] = {i: [] for i in range(len(chunk))}
+
+    def watch(step: int, tokens: dict[int, int]) -> list[int]:
+        if stream is not None:
+            stream(step, {chunk[i]: token for i, token in tokens.items()})
+        stopped = []
+        for i, token in tokens.items() if stops.texts else ():
+            new[i].append(token)
+            text = continuation(tokenizer, before(chunk[i]), new[i])
+            if any(stop in text for stop in stops.texts):
+                stopped.append(i)
+        return stopped
+
+    return watch
 
 
-def _sampler(vocab: int, temperature: Any, top_k: Any, top_p: Any, key: jax.Array | None) -> Sampler:
-    if temperature is None and (top_k is not None or top_p is not None or key is not None):
-        raise ValueError("temperature: top_k, top_p and key act on sampling; give a temperature, as 1.0")
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def _sampler(
+    vocab: int,
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any = None,
+    repetition_penalty: Any = None,
+    key: jax.Array | None = None,
+) -> Sampler:
+    if temperature is None and any(given is not None for given in (top_k, top_p, min_p, key)):
+        raise ValueError("temperature: top_k, top_p, min_p and key act on sampling; give a temperature, as 1.0")
     temperature = 0.0 if temperature is None else temperature
     if not _number(temperature) or not 0 <= temperature < np.inf:
         raise ValueError(f"temperature={temperature!r}: expected a number of 0 or more; 0 takes the most likely token")
@@ -253,125 +292,56 @@ def _sampler(vocab: int, temperature: Any, top_k: Any, top_p: Any, key: jax.Arra
         raise ValueError(f"top_k={top_k!r}: expected a whole number of 1 or more, or None for all tokens")
     if top_p is not None and (not _number(top_p) or not 0 < top_p <= 1):
         raise ValueError(f"top_p={top_p!r}: expected a number above 0 and up to 1, or None for all tokens")
+    if min_p is not None and (not _number(min_p) or not 0 <= min_p <= 1):
+        raise ValueError(f"min_p={min_p!r}: expected a number from 0 to 1, or None for all tokens")
+    penalty = 1.0 if repetition_penalty is None else repetition_penalty
+    if not _number(penalty) or not 0 < penalty < np.inf:
+        raise ValueError(f"repetition_penalty={penalty!r}: expected a number above 0; 1 is none")
     if temperature > 0 and key is None:
         raise ValueError("key: sampling needs a PRNG key, as in key=jax.random.key(0)")
     key = jax.random.key(0) if key is None else key
     if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(jnp.asarray(key))
     k = vocab if top_k is None else min(int(top_k), vocab)
-    return Sampler(np.float32(temperature), np.int32(k), np.float32(1 if top_p is None else top_p), key)
+    shares = (np.float32(1 if top_p is None else top_p), np.float32(0 if min_p is None else min_p))
+    return Sampler(np.float32(temperature), np.int32(k), *shares, np.float32(penalty), key)
+
+
+def _search(
+    num_beams: int, length_penalty: Any, early_stopping: Any, sampler: Sampler, max_new_tokens: int
+) -> Search | None:
+    """How beams are judged, or None for one token after the other."""
+    if num_beams == 1:
+        if length_penalty is not None or early_stopping is not None:
+            raise ValueError("num_beams: length_penalty and early_stopping act on beam search; give 2 beams or more")
+        return None
+    if sampler.temperature > 0:
+        raise ValueError("num_beams: beam search takes the most likely texts; give no temperature, or one beam")
+    length_penalty = 1.0 if length_penalty is None else length_penalty
+    if not _number(length_penalty) or not np.isfinite(length_penalty):
+        raise ValueError(f"length_penalty={length_penalty!r}: expected a number; above 0 favours longer texts")
+    early_stopping = False if early_stopping is None else early_stopping
+    if not isinstance(early_stopping, bool | str) or early_stopping not in EARLY:
+        raise ValueError(f"early_stopping={early_stopping!r}: expected True, False or 'never'")
+    early = np.int32(EARLY[early_stopping])
+    return Search(np.float32(length_penalty), early, sampler.repetition_penalty, np.int32(max_new_tokens))
+
+
+def _returned(num_beams: int, num_return_sequences: Any, return_scores: bool) -> int | None:
+    if num_beams == 1 and return_scores:
+        raise ValueError("return_scores: beam search scores its texts; give 2 beams or more")
+    if num_return_sequences is not None:
+        _whole("num_return_sequences", num_return_sequences)
+        if num_beams == 1 or num_return_sequences > num_beams:
+            raise ValueError(f"num_return_sequences={num_return_sequences}: {num_beams} beams have no more than that; "
+                             "to sample several texts, repeat the prompt")  # fmt: skip
+    return num_return_sequences
+
+
+def _whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name}={value!r}: expected a whole number of 1 or more")
 
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-
-
-def _form(prompts: Any) -> tuple[bool, bool]:
-    """(is it one prompt?, are they texts?)."""
-    if isinstance(prompts, str):
-        return True, True
-    if isinstance(prompts, bytes) or not isinstance(prompts, Sequence | np.ndarray | jax.Array):
-        raise ValueError(f"prompts: expected text or token ids, got {type(prompts).__name__}")
-    texts = [isinstance(p, str) for p in prompts]
-    if any(texts) and not all(texts):
-        raise ValueError("prompts: expected texts or token ids, not both in one list")
-    if texts and texts[0]:
-        return False, True
-    return len(prompts) > 0 and all(np.ndim(p) == 0 for p in prompts), False
-
-
-def _rows(
-    prompts: Any, single: bool, texts: bool, tokenizer: Tokenizer | None, config: Any, max_new_tokens: int
-) -> list[list[int]]:
-    prompts = [prompts] if single else list(prompts)
-    limit = getattr(config, "max_position_embeddings", None)
-    rows = []
-    for i, prompt in enumerate(prompts):
-        if texts:
-            ids = tokenizer.encode(prompt)
-        else:
-            array = np.asarray(prompt)
-            if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-                raise ValueError(f"prompts: item {i} is {array.dtype} of shape {array.shape}; expected token ids")
-            ids = array.tolist()
-        if not ids:
-            raise ValueError(f"prompts: item {i} is empty; give at least one token to go on from")
-        if min(ids) < 0 or max(ids) >= config.vocab_size:
-            raise ValueError(f"prompts: item {i} has ids from {min(ids)} to {max(ids)}; the model knows 0 to "
-                             f"{config.vocab_size - 1}")  # fmt: skip
-        if limit is not None and len(ids) + max_new_tokens > limit:
-            raise ValueError(
-                f"prompts: item {i} has {len(ids)} tokens, with max_new_tokens={max_new_tokens} more than the {limit} "
-                "positions of this model; shorten it or ask for fewer"
-            )
-        rows.append(ids)
-    return rows
-
-
-def _images(model: nnx.Module, rows: list[list[int]], pixel_values: Any) -> list[np.ndarray] | None:
-    """The images of each prompt."""
-    if not hasattr(model, "count_images"):
-        if pixel_values is not None:
-            raise ValueError(f"pixel_values: {type(model).__name__} reads no images")
-        return None
-    if pixel_values is None:
-        token = model.config.image_token_index
-        i = next((i for i, row in enumerate(rows) if token in row), None)
-        if i is not None:
-            raise ValueError(f"pixel_values: prompts item {i} has image tokens ({token}); give the images")
-        return None
-    pixel_values = np.asarray(pixel_values)
-    if pixel_values.ndim != 4 or pixel_values.dtype.kind != "f":
-        raise ValueError(
-            f"pixel_values: expected floating-point numbers (images, channels, height, width), got "
-            f"{pixel_values.dtype} of shape {pixel_values.shape}"
-        )
-    counts = model.count_images(rows, pixel_values)
-    return np.split(pixel_values, np.cumsum(counts)[:-1])
-
-
-def _padded_images(images: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """The images of several prompts as one array of a size that is compiled for, and which of it are real."""
-    real = np.concatenate(images)
-    size = next((n for n in BATCHES if n >= len(real)), -(-len(real) // 64) * 64)
-    padding = np.zeros((size - len(real), *real.shape[1:]), real.dtype)
-    return {"pixel_values": np.concatenate([real, padding]), "image_mask": (np.arange(size) < len(real)).astype(int)}
-
-
-def _tokenizer(model: nnx.Module) -> Tokenizer:
-    from jaxformers.data.tokenizers import load_tokenizer
-
-    if getattr(model, "source", None) is None:
-        raise ValueError("tokenizer: needed for texts, since the model does not come from a directory that holds one")
-    return load_tokenizer(model.source)
-
-
-def _end_tokens(model: nnx.Module, tokenizer: Tokenizer | None, given: Any) -> tuple[int, ...]:
-    """The ids at which a row stops: as given, else by generation_config.json, config.json, the tokenizer."""
-    found = given
-    if found is None and model.source is not None and (file := Path(model.source) / "generation_config.json").is_file():
-        from jaxformers.safetensors_io import read_json
-
-        found = read_json(file).get("eos_token_id")
-    if found is None:
-        hf = json.loads(model.config.hf)
-        found = hf.get("eos_token_id", (hf.get("text_config") or {}).get("eos_token_id"))
-    if found is None and tokenizer is not None:
-        found = tokenizer.eos_id
-    ends = () if found is None else tuple(np.atleast_1d(np.asarray(found)).tolist())
-    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ends):
-        raise ValueError(f"eos_token_id={found!r}: expected a token id or a list of them")
-    return ends
-
-
-def _cut(ids: list[int], ends: tuple[int, ...], max_new_tokens: int) -> list[int]:
-    """Up to and with the first end token."""
-    ids = ids[:max_new_tokens]
-    stop = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return ids[: stop + 1]
-
-
-def _continuation(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
-    """The text of ``new`` as it goes on from the prompt: some tokenizers drop a leading space when decoded alone."""
-    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *new])
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import jaxformers as jf
-from jaxformers import generation, surgery
+from jaxformers import decoding, generation, prompts, surgery
 from jaxformers.data.tokenizers import train_bpe
 from jaxformers.models import bert, gpt2, llama
 
@@ -138,15 +138,15 @@ def numpy_restrict(logits, top_k, top_p):
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.999, 1.0])
 def test_restriction_against_numpy(top_k, top_p):
     logits = (3 * np.random.default_rng(1).standard_normal((5, 50))).astype(np.float32)
-    found = np.asarray(generation.restrict(logits, np.int32(top_k), np.float32(top_p)))
+    found = np.asarray(decoding.restrict(logits, np.int32(top_k), np.float32(top_p)))
     np.testing.assert_array_equal(found, numpy_restrict(logits, min(top_k, 50), top_p))
 
 
 def test_restriction_keeps_ties_and_at_least_one():
     logits = np.array([[2.0, 2.0, 2.0, 1.0], [0.0, -np.inf, -np.inf, -np.inf]], np.float32)
-    found = np.asarray(generation.restrict(logits, np.int32(2), np.float32(1)))
+    found = np.asarray(decoding.restrict(logits, np.int32(2), np.float32(1)))
     np.testing.assert_array_equal(found, [[2, 2, 2, -np.inf], [0, -np.inf, -np.inf, -np.inf]])
-    found = np.asarray(generation.restrict(logits, np.int32(4), np.float32(1e-6)))
+    found = np.asarray(decoding.restrict(logits, np.int32(4), np.float32(1e-6)))
     assert np.isfinite(found).any(axis=1).all()
 
 
@@ -156,9 +156,9 @@ def test_restriction_keeps_ties_and_at_least_one():
 def test_draws_follow_the_distribution(temperature, top_k, top_p):
     n, vocab = 20000, 12
     logits = (2 * np.random.default_rng(2).standard_normal(vocab)).astype(np.float32)
-    sampler = generation._sampler(vocab, temperature, top_k, top_p, jax.random.key(4))
+    sampler = generation._sampler(vocab, temperature, top_k, top_p, key=jax.random.key(4))
     sampler = sampler._replace(key=jax.random.split(sampler.key, n))
-    drawn = np.asarray(jax.jit(generation.next_token)(np.broadcast_to(logits, (n, vocab)), sampler))
+    drawn = np.asarray(jax.jit(decoding.next_token)(np.broadcast_to(logits, (n, vocab)), sampler))
     kept = numpy_restrict(logits[None] / np.float32(temperature), top_k or vocab, top_p or 1.0)[0]
     p = np.exp(kept - kept.max())
     p /= p.sum()
@@ -201,12 +201,18 @@ def test_keys_decide(model):
     )
 
 
+def fresh_counts():
+    """A function that says how many programs there are from now on: for the first token, and for more."""
+    for program in (decoding.start, decoding.go_on):
+        program.clear_cache()
+    return lambda: (decoding.start._cache_size(), decoding.go_on._cache_size())
+
+
 def test_settings_compile_nothing(model):
-    """One program per bucket; sampler settings, end tokens, lengths within a bucket and weights are its arguments."""
-    generation._decode.clear_cache()
-    compiled = generation._decode._cache_size
+    """One pair of programs per bucket; settings, end tokens, lengths within a bucket and weights are arguments."""
+    compiled = fresh_counts()
     jf.generate(model, [1, 2, 3], max_new_tokens=8)
-    assert compiled() == 1
+    assert compiled() == (1, 1)
     jf.generate(model, [1, 2, 3], max_new_tokens=8, eos_token_id=5)
     for temperature in (0.0, 0.3, 1, 2.5):
         for top_k in (None, 1, 40, 10**6):
@@ -216,13 +222,13 @@ def test_settings_compile_nothing(model):
     other = surgery.copy(model)
     nnx.update(other, jax.tree.map(lambda a: a * 1.1, nnx.state(other)))
     jf.generate(other, [1, 2, 3], max_new_tokens=3)
-    assert compiled() == 1
+    assert compiled() == (1, 1)
     jf.generate(model, [1] * 17, max_new_tokens=8)  # a longer prompt, more rows and more tokens: each its own bucket
-    assert compiled() == 2
+    assert compiled() == (2, 2)
     jf.generate(model, [[1] * 3, [2] * 20, [3]], max_new_tokens=24)
-    assert compiled() == 3
+    assert compiled() == (3, 3)
     jf.generate(model, [[1] * 18, [2] * 24, [3] * 5], max_new_tokens=17)
-    assert compiled() == 3
+    assert compiled() == (3, 3)
 
 
 def test_to_the_last_position(model):
@@ -277,8 +283,8 @@ def test_text_that_goes_on_from_its_prompt():
         def decode(self, ids):
             return " ".join(str(i) for i in ids)
 
-    assert generation._continuation(Words(), [3, 4], [5, 6]) == " 5 6"
-    assert generation._continuation(Words(), [3, 4], []) == ""
+    assert prompts.continuation(Words(), [3, 4], [5, 6]) == " 5 6"
+    assert prompts.continuation(Words(), [3, 4], []) == ""
 
 
 def test_errors(model, tokenizer):

@@ -93,3 +93,31 @@ def extend(cache: Cache, attention_mask: jax.Array | None, length: int) -> Cache
 def advance(cache: Cache | None, layers: dict[str, Any] | None, length: int) -> Cache | None:
     """The cache after a pass over ``length`` tokens that left ``layers`` behind."""
     return None if cache is None else dataclasses.replace(cache, layers=layers, used=cache.used + length)
+
+
+def repeat(cache: Cache, times: int) -> Cache:
+    """Each sequence ``times`` times, one after the other: a row for each beam."""
+
+    def along(axis: int) -> Any:
+        return lambda tree: jax.tree.map(lambda a: jnp.repeat(a, times, axis=axis), tree)
+
+    valid = None if cache.memory_valid is None else jnp.repeat(cache.memory_valid, times, axis=0)
+    layers = _by_axis(cache.layers, along)
+    return dataclasses.replace(cache, layers=layers, valid=jnp.repeat(cache.valid, times, axis=0), memory_valid=valid)
+
+
+def reorder(cache: Cache, rows: Int[Array, "batch"]) -> Cache:
+    """The cache whose sequence i is what sequence ``rows[i]`` was. Memories stay: beams of one prompt share them."""
+
+    def along(axis: int) -> Any:
+        take = lambda tree: jax.tree.map(lambda a: jnp.take(a, rows, axis=axis), tree)
+        return lambda layer: (
+            dataclasses.replace(layer, own=take(layer.own)) if isinstance(layer, WithMemory) else take(layer)
+        )
+
+    return dataclasses.replace(cache, layers=_by_axis(cache.layers, along), valid=jnp.take(cache.valid, rows, axis=0))
+
+
+def _by_axis(layers: dict[str, Any], along: Any) -> dict[str, Any]:
+    """``along(axis)`` of each layer: the batch is the first axis, the second one where layers are stacked."""
+    return {name: along(1 if name == "*" else 0)(layer) for name, layer in layers.items()}

@@ -12,7 +12,7 @@ from parity import assert_close, run
 from safetensors.numpy import load_file, save_file
 
 import jaxformers as jf
-from jaxformers.generation import _decode
+from jaxformers.decoding import start
 from jaxformers.losses import cross_entropy
 from jaxformers.models import llava
 from jaxformers.safetensors_io import CheckpointError
@@ -81,12 +81,12 @@ def test_greedy_ids(model, expected, prompts):
 def test_other_images_of_the_same_number_compile_nothing(model, prompts, expected):
     pixels = expected["in/pixel_values"]
     jf.generate(model, prompts, max_new_tokens=6, pixel_values=pixels)
-    before = _decode._cache_size()
+    before = start._cache_size()
     one_fewer = [prompts[0], prompts[2], prompts[2]]  # three images where there were four
     jf.generate(model, one_fewer, max_new_tokens=5, pixel_values=pixels[[0, 3, 3]] + 1)
-    three = _decode._cache_size()
+    three = start._cache_size()
     jf.generate(model, one_fewer, max_new_tokens=4, pixel_values=pixels[:3])
-    assert _decode._cache_size() == three <= before + 1
+    assert start._cache_size() == three <= before + 1
 
 
 def test_cached_decoding(model, batch):
