@@ -84,11 +84,11 @@ def load(
     sentence, chosen = None, head
     if head is None:
         sentence = resolve.sentence_settings(directory)
-        head = "sentence" if sentence is not None else _head_from_architectures(hf, arch)
+        head = "sentence" if sentence is not None else head_from_architectures(hf, arch)
     elif head == "sentence":
         sentence = resolve.sentence_settings(directory) or {"pooling": "mean"}
     head = None if head == NO_HEAD else head
-    _check_head(head, arch)
+    check_head(head, arch)
 
     config = arch.Config.from_hf(hf)
     if hasattr(arch, "settle"):
@@ -150,7 +150,7 @@ def init(config: Any, *, head: str | None = None, key: jax.Array, dtype: Any = N
     if isinstance(config, Mapping):
         config = models.architecture(config.get("model_type", "")).Config.from_hf(config)
     arch = module_of(config)
-    _check_head(head, arch)
+    check_head(head, arch)
 
     @jax.jit
     def build(key: jax.Array) -> Any:
@@ -261,14 +261,16 @@ def _head_from_class(name: str, arch: Any) -> str | None:
     raise ValueError(f"config.json: architectures names {show(name)}, whose head is not known; choose one with head=…")
 
 
-def _head_from_architectures(hf: Mapping[str, Any], arch: Any) -> str | None:
+def head_from_architectures(hf: Mapping[str, Any], arch: Any) -> str | None:
+    """The head that config.json's ``architectures`` names. Raises ValueError for one that is not known."""
     names = hf.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("config.json: architectures must be a list of class names")
     return _head_from_class(names[0], arch) if names else None
 
 
-def _check_head(head: str | None, arch: Any) -> None:
+def check_head(head: str | None, arch: Any) -> None:
+    """Raise ValueError for a head that the architecture does not have."""
     if head is not None and head != "sentence" and head not in arch.HEADS:
         known = ", ".join((*arch.HEADS, "sentence", NO_HEAD))
         raise ValueError(f"head: {arch.Model.__name__} has no head {head!r}; it has {known}")

@@ -5,7 +5,17 @@
     params = jax.device_put(params, shardings(mesh, params))
     apply = constrained(apply, mesh)                    # activations follow the batch, so that weights are gathered
 
-Since every architecture uses one vocabulary of paths, one table serves all of them.
+Since every architecture uses one vocabulary of paths, one table serves all of them. Mesh axes and what they cut:
+
+- ``data``: the batch. Weights are whole on every device; gradients are summed.
+- ``fsdp``: the batch, and every matrix along the model's width: weights are gathered when their layer's turn comes.
+- ``tensor``: heads, MLP and vocabulary, without the batch: two sums of activations a layer. It should divide the
+  number of key/value heads, or heads are cut apart.
+- ``sequence``: the length of activations: attention gathers keys and values.
+- ``expert``: the experts of a mixture. Every device of the axis sees all tokens of its part of the batch and
+  multiplies those of its own experts.
+
+All may be combined. Pipelines (layers on different devices) are not supported.
 """
 
 import math
@@ -14,6 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxformers import paths, sites
@@ -47,6 +58,9 @@ LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("**.kernel", ("embed", None)),
 )
 
+# arrays inside a typed weight without the kernel's two axes: which of those (0: in, 1: out) each of theirs stands for
+TYPED_AXES: Mapping[str, tuple[int | None, ...]] = {"a": (0, None), "b": (None, 1), "g_idx": (0,)}
+
 # logical axis -> mesh axes it is cut along, those that the mesh has
 RULES: Mapping[str, tuple[str, ...]] = {
     "embed": ("fsdp",),
@@ -79,14 +93,38 @@ def mesh(shape: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     total = math.prod(sizes.values())
     if total < 1 or any(n < 1 for n in sizes.values()) or total > len(devices):
         raise ValueError(f"mesh {shape!r}: {total} devices asked for, {len(devices)} are there")
-    return Mesh(np.asarray(devices[:total]).reshape(tuple(sizes.values())), tuple(sizes))
+    return Mesh(_arranged(tuple(sizes.values()), devices[:total], total == len(devices)), tuple(sizes))
+
+
+def _arranged(shape: tuple[int, ...], devices: list[jax.Device], all_of_them: bool) -> np.ndarray:
+    """The devices in the mesh's shape. On TPUs neighbours in the mesh are neighbours in the torus, and slices that only
+    the data-centre network connects lie along the first axis that can be cut into as many."""
+    if devices[0].platform != "tpu" or not all_of_them:
+        return np.asarray(devices).reshape(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    between = [1] * len(shape)
+    for axis, size in enumerate(shape):
+        if slices > 1 and size % slices == 0:
+            between[axis] = slices
+            within = tuple(n // k for n, k in zip(shape, between, strict=True))
+            return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def spec(mesh: Mesh, path: str, shape: Sequence[int], rules: Mapping[str, tuple[str, ...]] = RULES) -> PartitionSpec:
-    """How the parameter at ``path`` is cut. An axis whose size a mesh axis does not divide stays whole."""
-    if ".kernel." in path:  # an array inside a typed weight is cut like the kernel it stands for
-        path = path[: path.index(".kernel.") + len(".kernel")]
+    """How the parameter at ``path`` is cut. An axis whose size a mesh axis does not divide stays whole.
+
+    An array inside a typed weight (packed words, scales, zeros, a mask, low-rank factors) is cut like the kernel that
+    it stands for, along those of its axes that it shares.
+    """
+    inside = ""
+    if ".kernel." in path:
+        path, _, inside = path.partition(".kernel.")
+        path += ".kernel"
     axes = next((axes for pattern, axes in LOGICAL_AXES if paths.matches(pattern, path)), ())
+    shared = TYPED_AXES.get(inside.rpartition(".")[2])
+    if shared is not None and len(axes) >= 2:
+        axes = (*axes[:-2], *(None if i is None else axes[-2:][i] for i in shared))
     if "layers.*." in path and len(shape) == len(axes) + 1:
         axes = ("layers", *axes)
     if len(axes) != len(shape):
@@ -119,16 +157,35 @@ def batch_sharding(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> 
     return NamedSharding(mesh, PartitionSpec(names) if names else PartitionSpec())
 
 
+def cache_shardings(mesh: Mesh, cache: Any, rules: Mapping[str, tuple[str, ...]] = RULES) -> Any:
+    """Shardings of a decoder's cache (or its shapes): sequences over the data axes, key/value heads over ``tensor``."""
+    stored = ("batch", "heads", "length", None)
+    known = {"key": stored, "value": stored, "valid": ("batch", None)}
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        axes = known.get(paths.dotted(path).rpartition(".")[2], ())
+        axes = (None,) * (leaf.ndim - len(axes)) + axes  # stacked layers lead
+        cut = (_cut(mesh, axis, size, rules) for axis, size in zip(axes, leaf.shape, strict=True))
+        return NamedSharding(mesh, PartitionSpec(*cut))
+
+    return jax.tree_util.tree_map_with_path(place, cache)
+
+
 def constrained(apply: Callable, mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> Callable:
     """``apply`` with its activations (``embeddings`` and each block's output) held to the batch's sharding.
 
     Left alone, the partitioner follows the width that ``fsdp`` cuts the embedding table along: it then sums activations
-    in every layer instead of gathering weights. A batch that the data axes do not divide stays as it is.
+    in every layer instead of gathering weights. With an axis ``sequence`` they are cut along the length as well. An
+    axis that the mesh does not divide stays as it is.
     """
-    cut = batch_sharding(mesh, rules)
+
     ways = math.prod(mesh.shape[name] for name in rules["batch"] if name in mesh.shape)
 
-    def along_batch(x: jax.Array) -> jax.Array:
-        return x if x.shape[0] % ways else jax.lax.with_sharding_constraint(x, cut)
+    def held(x: jax.Array) -> jax.Array:
+        if x.shape[0] % ways:
+            return x
+        length = _cut(mesh, "length", x.shape[1], rules) if x.ndim == 3 else None
+        cut = PartitionSpec(_cut(mesh, "batch", x.shape[0], rules), length)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, cut))
 
-    return sites.edit(apply, {"**embeddings": along_batch, "**layers.*.output": along_batch})
+    return sites.edit(apply, {"**embeddings": held, "**layers.*.output": held})
