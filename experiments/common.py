@@ -8,7 +8,8 @@
         common.main("gptq", PRESETS, run)
 
 `python -m experiments.gptq smoke --steps 5`, in the repository, starts from the preset `smoke`; without a name it is
-`small`.
+`small`. `--preset smoke` says the same. `--dry-run v5p:4x4x4 [--mesh data=64]` runs nothing: it compiles the step of
+the preset (`paper`, if none is named) for that TPU topology, on this machine, and tells whether it fits.
 """
 
 import dataclasses
@@ -44,6 +45,8 @@ def parse(presets: Mapping[str, Config], argv: Sequence[str] | None = None, *, a
     Presets are frozen dataclasses of one type. Exits with code 2 and one line for options that do not fit.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    named = _taken(argv, "--preset")
+    argv = argv if named is None else [named, *argv]
     if not argv or (argv[0] not in presets and argv[0] not in ("-h", "--help")):
         argv.insert(0, "small")
     chosen = argv[0] if argv[0] in presets else None
@@ -62,12 +65,18 @@ def main(
     presets: Mapping[str, Config],
     run: Callable[[Config, Path], Mapping[str, Any]],
     argv: Sequence[str] | None = None,
+    *,
+    step: Callable[[Config, Any], Any] | None = None,
 ) -> dict[str, Any]:
     """Parse, make `runs/<system>/<time>/`, write `config.json`, run, write `result.json`; returns the result.
 
     ``run(config, directory)`` returns a dict of plain values. Its ValueErrors (bad input) become one line and exit
-    code 2.
+    code 2. ``step(config, mesh)``: the `jaxformers.dryrun.Step` that `--dry-run` compiles.
     """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    topology = _taken(argv, "--dry-run")
+    if topology is not None:
+        return dry_run(system, presets, step, topology, argv)
     about = (sys.modules["__main__"].__doc__ or "").strip().split("\n\n")[0]
     preset, config = parse(presets, argv, about=about)
     enable_cache()
@@ -83,6 +92,48 @@ def main(
     write_json_atomic(out / "result.json", plain(result))
     Console().print(f"everything is in {out}", highlight=False, soft_wrap=True)
     return result
+
+
+def dry_run(
+    system: str, presets: Mapping[str, Config], step: Callable | None, topology: str, argv: list[str]
+) -> dict[str, Any]:
+    """Compile the step of a preset for a TPU topology, in a process of its own; print and return the report."""
+    from jaxformers import dryrun
+
+    mesh, timeout = _taken(argv, "--mesh"), float(_taken(argv, "--timeout") or 900)
+    within = "--within" in argv  # the process that compiles
+    argv = [a for a in argv if a != "--within"]
+    if "--preset" not in argv and not (argv and argv[0] in presets):
+        argv = ["paper", *argv]
+    preset, config = parse(presets, argv)
+    try:
+        if step is None:
+            raise ValueError(f"dry-run: {system} has no step that it could compile")
+        if within:
+            dryrun.child(lambda devices: step(config, devices), topology, mesh)
+            return {}
+        mesh = mesh or f"data={len(dryrun.devices_of(topology))}"
+        options = ["--dry-run", topology, "--mesh", mesh, "--within"]
+        command = [sys.executable, "-m", f"experiments.{system}", *argv, *options]
+        report = dryrun.run_child(command, timeout, f"{system}, preset {preset}", topology, mesh)
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(report)
+    return report.to_json()
+
+
+def _taken(argv: list[str], option: str) -> str | None:
+    """The value of an option, which is removed from ``argv``. Exits with code 2 when it has none."""
+    for i, word in enumerate(argv):
+        if word == option or word.startswith(f"{option}="):
+            if word == option and i + 1 == len(argv):
+                print(f"error: {option} needs a value", file=sys.stderr)
+                raise SystemExit(2)
+            value = word.partition("=")[2] if "=" in word else argv[i + 1]
+            del argv[i : i + (1 if "=" in word else 2)]
+            return value
+    return None
 
 
 def run_directory(system: str, base: str | Path | None = None) -> Path:

@@ -188,5 +188,42 @@ def report(config: Config, rows: list[dict[str, Any]], out: Path) -> None:
     common.figure(out / "figure.png", draw)
 
 
+def step(config: Config, mesh: Any) -> Any:
+    """For dry runs, what quantising one block of `model` compiles to: the Hessians of a batch of 8 calibration
+    sequences, and the solution of all layers. Every device does the whole of it: GPTQ is not spread over a mesh."""
+    from jaxformers import sites, surgery
+    from jaxformers.compress import block, columns, hessian
+    from jaxformers.compress.grids import Grid
+    from jaxformers.dryrun import Step
+    from jaxformers.dryrun_steps import Array, config_dict, replicated, size
+
+    if config.model is None:
+        raise ValueError("model: this preset trains its own; name one to quantise, such as facebook/opt-125m")
+    settings = jf.models.architecture(config_dict(config.model)["model_type"]).Config.from_hf(config_dict(config.model))
+    kept: list[Any] = []
+
+    def build() -> Any:
+        model = jf.init(settings, head="causal_lm", key=jax.random.key(0))
+        graph, state = nnx.split(surgery.named(nnx.clone(model.layers[0])))
+        kept.append(graph)
+        return state
+
+    def quantised(state: Any, x: jax.Array) -> Any:
+        linears = block.linears_of(nnx.merge(kept[0], state))
+        run = lambda: nnx.merge(kept[0], state)(x, mask=jf.nn.Mask(causal=True))
+        _, seen = sites.reap(run, "**.input")()
+        found = {}
+        for name, module in linears.items():
+            kernel, inputs = module.kernel.get_value(), seen[f"{name}.input"]
+            H, _ = hessian.accumulate(jax.numpy.zeros((kernel.shape[0],) * 2), jax.numpy.float32(0), inputs, None)
+            found[name] = columns.solve(kernel, H, grid=Grid(config.bits[0]), group_size=config.group)
+        return found
+
+    state = jax.eval_shape(build)
+    x = Array((8, config.length, settings.hidden_size), jax.numpy.float32)
+    name = f"gptq of one block of {config.model} on each device, 8 × {config.length:,} tokens"
+    return Step(name, quantised, (replicated(state, mesh), replicated(x, mesh)), parameters=size(state))
+
+
 if __name__ == "__main__":
-    common.main("gptq", PRESETS, run)
+    common.main("gptq", PRESETS, run, step=step)

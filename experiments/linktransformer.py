@@ -220,5 +220,26 @@ def _draw(fig, points: dict) -> None:
     axes[0].set_ylabel("top-1 accuracy")
 
 
+def step(config: Config, mesh):
+    """For dry runs: the contrastive step on a batch of `train_batch_size` texts."""
+    from jaxformers import models, train
+    from jaxformers.dryrun_steps import Array, abstract, config_dict, train_step
+    from jaxformers.mesh import constrained
+    from jaxformers.tasks.linktransformer_train import group_objective
+
+    if config.model is None:
+        raise ValueError("model: this preset makes its own; name one")
+    hf = config_dict(config.model)
+    arch = models.architecture(hf["model_type"])
+    apply, params = abstract(arch, arch.Config.from_hf(hf), "sentence", scan_layers=True)
+    length = config.max_length or 128  # what sentence-transformers cuts this model's texts to
+    ids = Array((config.train_batch_size, length), np.int32)
+    batch = {"inputs": {"input_ids": ids, "attention_mask": ids}, "labels": Array(ids.shape[:1], np.int32)}
+    args = LinkTrainingArgs(temperature=config.temperature, train_batch_size=config.train_batch_size)
+    settings = train.TrainConfig(steps=1000, optim=train.OptimConfig(learning_rate=config.learning_rate))
+    name = f"linktransformer, {config.model}, {config.train_batch_size} texts of {length} tokens"
+    return train_step(name, group_objective(args), constrained(apply, mesh), params, batch, settings, mesh)
+
+
 if __name__ == "__main__":
-    common.main("linktransformer", PRESETS, run)
+    common.main("linktransformer", PRESETS, run, step=step)

@@ -300,5 +300,31 @@ def draw(fig: Any, rows: list[dict], curves: dict[str, list], teacher: float) ->
     right.legend(frameon=False)
 
 
+def step(config: Config, mesh: Any) -> Any:
+    """For dry runs: the step that distils `teacher` into the student by MiniLM v1."""
+    from jaxformers.dryrun_steps import Array, config_dict, train_step
+
+    if config.teacher is None:
+        raise ValueError("teacher: this preset trains its own; name one, such as google-bert/bert-base-uncased")
+    kept: list[Any] = []
+
+    def build() -> Any:
+        teacher = jf.init(config_dict(config.teacher), key=jax.random.key(0))
+        size = StudentConfig(config.layers, config.width, dropout=config.dropout)
+        student = student_model(teacher, size, jax.random.key(1))
+        objective, params, freeze = minilm.minilm_objective(teacher, student, minilm.v1())
+        kept.extend((objective, freeze))
+        return params
+
+    params = jax.eval_shape(build)
+    train = TrainConfig(
+        steps=config.steps, freeze=kept[1],
+        optim=OptimConfig(learning_rate=config.rate, warmup=config.warmup, weight_decay=0.01),
+    )  # fmt: skip
+    ids = Array((config.batch, config.length), jnp.int32)
+    name = f"minilm, {config.teacher} to {config.layers} × {config.width}, {config.batch} × {config.length} tokens"
+    return train_step(name, kept[0], None, params, {"input_ids": ids, "attention_mask": ids}, train, mesh)
+
+
 if __name__ == "__main__":
-    common.main("minilm", PRESETS, run)
+    common.main("minilm", PRESETS, run, step=step)

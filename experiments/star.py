@@ -252,5 +252,31 @@ def draw(fig: Any, config: Config, results: list[dict], authors: int) -> None:
     ax.legend(frameon=False, fontsize=8)
 
 
+def step(config: Config, mesh: Any) -> Any:
+    """For dry runs: the contrastive step on `authors` times `views` texts, `chunk` of them a device at a time."""
+    from jaxformers.dryrun_steps import Array, config_dict, train_step
+    from jaxformers.functional import functional
+    from jaxformers.mesh import batch_ways
+    from jaxformers.pretrain.star import star_objective, with_pooling
+
+    if config.backbone is None:
+        raise ValueError("backbone: this preset makes its own; name one, such as FacebookAI/roberta-large")
+    kept: list[Any] = []
+
+    def build() -> Any:
+        backbone = jf.init(config_dict(config.backbone), key=jax.random.key(0))
+        apply, params = functional(with_pooling(backbone, config.pool, jax.random.key(1)), scan_layers=True)
+        kept.append(apply)
+        return {"model": params, "log_scale": jax.numpy.float32(0)}
+
+    params, whole = jax.eval_shape(build), (config.authors, config.views)
+    batch = {name: Array((*whole, config.length), jax.numpy.int32) for name in ("input_ids", "attention_mask")}
+    batch["labels"] = Array((config.authors,), jax.numpy.int32)
+    chunk = min(config.chunk * batch_ways(mesh), config.authors * config.views)
+    objective = star_objective(chunk, temperature=config.temperature)
+    name = f"star, {config.backbone}, {config.authors} × {config.views} texts of {config.length} tokens, {chunk} a time"
+    return train_step(name, objective, kept[0], params, batch, training(config), mesh)
+
+
 if __name__ == "__main__":
-    common.main("star", PRESETS, run)
+    common.main("star", PRESETS, run, step=step)

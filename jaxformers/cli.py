@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -238,7 +239,58 @@ def generate(
         print(f"{prompt}{text}")
 
 
-VERBS = (quickstart, info, embed, link, quantize, perplexity, generate)
+def dry_run(
+    model: Model,
+    topology: str,
+    mesh: str | None = None,
+    step: Literal["train", "prefill", "decode"] = "train",
+    batch: int | None = None,
+    seq: int = 2048,
+    head: str | None = None,
+    optimizer: Literal["adamw", "lion", "adafactor"] = "adamw",
+    remat: Literal["full", "dots", "dots_no_batch", "none"] = "full",
+    scan_layers: bool = True,
+    largest_batch: bool = True,
+    timeout: float = 900.0,
+    json_out: Path | None = None,
+) -> None:
+    """Compile a step for a TPU topology on this machine, without a TPU: does it fit, what does it cost and send?
+
+    Prints the bytes on each device against its memory, FLOPs, collectives by kind and bytes, a step time estimated
+    from the chip's peak numbers, and the largest batch that fits.
+
+    Args:
+        model: directory or config.json in the Hugging Face layout, hub id, a size such as llama-7b, or
+            experiments.NAME for the paper preset of an experiment (inside the repository).
+        topology: TPU generation and shape, such as v5p:4x4x4 or v5e:16x16.
+        mesh: such as data=16,fsdp=64,tensor=1; default: all devices along fsdp.
+        step: train (float32 masters, bfloat16 compute), prefill or decode (bfloat16).
+        batch: sequences or images in all; default: one for each device along data and fsdp.
+        seq: tokens a sequence, or slots of the cache.
+        head: of the model; default: what its config.json says.
+        optimizer: whose state is kept.
+        remat: what is computed again in the backward pass instead of kept.
+        scan_layers: run equal layers as one loop. Without, compiling takes longer the deeper the model.
+        largest_batch: look for the largest batch that fits, by a few more compilations.
+        timeout: seconds for each compilation.
+        json_out: file for the report as JSON.
+    """
+    from jaxformers import dryrun
+    from jaxformers.atomic import write_json_atomic
+
+    if model.startswith("experiments."):
+        argv = [sys.executable, "-m", model, "--dry-run", topology, *(("--mesh", mesh) if mesh else ())]
+        raise SystemExit(subprocess.run([*argv, "--timeout", str(timeout)]).returncode)
+    report = dryrun.dry_run(
+        model, topology, mesh=mesh, step=step, batch=batch, seq=seq, head=head, optimizer=optimizer,
+        remat=None if remat == "none" else remat, scan_layers=scan_layers, search=largest_batch, timeout=timeout,
+    )  # fmt: skip
+    print(report)
+    if json_out is not None:
+        write_json_atomic(json_out, report.to_json())
+
+
+VERBS = (quickstart, info, embed, link, quantize, perplexity, generate, dry_run)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -246,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     enable_cache()
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {verb.__name__: verb for verb in VERBS},
+            {verb.__name__.replace("_", "-"): verb for verb in VERBS},
             prog="jaxformers",
             description="Pretrained transformers in JAX: pre-train, adapt, compress and apply them.",
             args=argv,

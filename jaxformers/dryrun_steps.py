@@ -13,7 +13,7 @@ from jaxformers import hub, losses, models, nn, resolve
 from jaxformers.chips import devices_of
 from jaxformers.dryrun import STEPS, Step
 from jaxformers.functional import functional
-from jaxformers.mesh import batch_sharding, cache_shardings, constrained
+from jaxformers.mesh import batch_sharding, batch_ways, cache_shardings, constrained
 from jaxformers.mesh import mesh as make_mesh
 from jaxformers.nn.block import stack
 from jaxformers.nn.keys import Keys
@@ -62,6 +62,8 @@ def config_dict(model: str) -> dict[str, Any]:
     if path.suffix == ".json":
         return read_json(path)
     if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model: {path} has no config.json")
         return read_json(path / "config.json")
     name = model.rpartition("/")[2].lower()
     if name in NAMED:
@@ -85,7 +87,7 @@ def check(
     made = make_mesh(mesh or f"fsdp={len(devices)}", devices)
     if made.size != len(devices):
         raise ValueError(f"mesh {mesh!r}: it takes {made.size} of the {len(devices)} devices of {topology}")
-    unit = math.prod(made.shape[name] for name in ("data", "fsdp") if name in made.shape)
+    unit = batch_ways(made)
     batch = unit if batch is None else batch
     if batch % unit:
         raise ValueError(f"batch: {batch} does not divide over the {unit} devices along data and fsdp")
@@ -250,6 +252,11 @@ def placed(params: Any, mesh: Mesh) -> Any:
     places = placement.param_shardings(params, mesh)
     flat = [_at(x, places[path]) for (path, _), x in zip(leaf_paths(params), jax.tree.leaves(params), strict=True)]
     return jax.tree.unflatten(jax.tree.structure(params), flat)
+
+
+def replicated(tree: Any, mesh: Mesh) -> Any:
+    """Shapes of which every device holds the whole."""
+    return jax.tree.map(lambda x: _at(x, NamedSharding(mesh, PartitionSpec())), tree)
 
 
 def as_dtype(tree: Any, dtype: Any) -> Any:

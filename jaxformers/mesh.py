@@ -157,6 +157,11 @@ def batch_sharding(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> 
     return NamedSharding(mesh, PartitionSpec(names) if names else PartitionSpec())
 
 
+def batch_ways(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> int:
+    """Into how many parts ``mesh`` cuts a batch."""
+    return math.prod(mesh.shape[name] for name in rules["batch"] if name in mesh.shape)
+
+
 def cache_shardings(mesh: Mesh, cache: Any, rules: Mapping[str, tuple[str, ...]] = RULES) -> Any:
     """Shardings of a decoder's cache (or its shapes): sequences over the data axes, key/value heads over ``tensor``."""
     stored = ("batch", "heads", "length", None)
@@ -176,10 +181,11 @@ def constrained(apply: Callable, mesh: Mesh, rules: Mapping[str, tuple[str, ...]
 
     Left alone, the partitioner follows the width that ``fsdp`` cuts the embedding table along: it then sums activations
     in every layer instead of gathering weights. With an axis ``sequence`` they are cut along the length as well. An
-    axis that the mesh does not divide stays as it is.
+    axis that the mesh does not divide stays as it is. For the same reason embedding tables are gathered along the width
+    before they are looked up: rows of a table in pieces would have to be put together for the whole batch.
     """
 
-    ways = math.prod(mesh.shape[name] for name in rules["batch"] if name in mesh.shape)
+    ways = batch_ways(mesh, rules)
 
     def held(x: jax.Array) -> jax.Array:
         if x.shape[0] % ways:
@@ -188,4 +194,15 @@ def constrained(apply: Callable, mesh: Mesh, rules: Mapping[str, tuple[str, ...]
         cut = PartitionSpec(_cut(mesh, "batch", x.shape[0], rules), length)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, cut))
 
-    return sites.edit(apply, {"**embeddings": held, "**layers.*.output": held})
+    def whole_rows(path: tuple, x: Any) -> Any:
+        name = paths.dotted(path)
+        if not paths.matches("**embeddings.*.embedding", name):
+            return x
+        return jax.lax.with_sharding_constraint(x, sharding(mesh, name, x.shape, {**rules, "embed": ()}))
+
+    edited = sites.edit(apply, {"**embeddings": held, "**layers.*.output": held})
+
+    def applied(params: Any, *args: Any, **kwargs: Any) -> Any:
+        return edited(jax.tree_util.tree_map_with_path(whole_rows, params), *args, **kwargs)
+
+    return applied

@@ -120,13 +120,32 @@ def test_errors_are_one_line(checkpoint, prose, tmp_path, capsys):
     assert "cannot be read as CSV" in fails(capsys, "link", tmp_path / "a.csv", tmp_path / "b.csv")
 
 
-@pytest.mark.parametrize("verb", [verb.__name__ for verb in cli.VERBS])
+@pytest.mark.parametrize("verb", [verb.__name__.replace("_", "-") for verb in cli.VERBS])
 def test_help_of_each_verb_explains_its_arguments(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([verb, "--help"])
     assert stop.value.code == 0
     said = capsys.readouterr().out
     assert "usage: jaxformers" in said and len(said) > 500
+
+
+def test_dry_run_refuses_before_it_compiles(checkpoint, capsys):
+    pytest.importorskip("libtpu")
+    for argv, message in (
+        (["llama-7b", "--topology", "v9:2x2"], "expected a generation"),
+        (["llama-7b", "--topology", "v5e:2x2", "--mesh", "fsdp=2"], "it takes 2 of the 4 devices"),
+        (["llama-7b", "--topology", "v5e:2x2", "--batch", "3"], "does not divide over the 4 devices"),
+        (["bert-base-uncased", "--topology", "v5e:2x2", "--step", "decode"], "has no cache"),
+        (["opt-125m", "--topology", "v5e:2x2", "--seq", "4096"], "exceed the 2048 positions"),
+        (["llama-7b", "--topology", "v5e:2x2", "--head", "token_classification", "--seq", "0"], "expected 1 or more"),
+        ([tmp_of(checkpoint), "--topology", "v5e:2x2"], "has no config.json"),
+    ):
+        assert message in fails(capsys, "dry-run", *argv), argv
+
+
+def tmp_of(checkpoint):
+    (checkpoint.parent / "empty").mkdir(exist_ok=True)
+    return checkpoint.parent / "empty"
 
 
 def test_an_unknown_verb(capsys):

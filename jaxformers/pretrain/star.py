@@ -133,7 +133,7 @@ class StylePretrainer:
         limit = min(positions, tokenizer.max_length or positions)
         if max_length is not None and not 1 <= max_length <= positions:
             raise ValueError(f"max_length: must be in 1..{positions}, got {max_length}")
-        self.model, self.tokenizer = _with_pooling(model, pool, key), tokenizer
+        self.model, self.tokenizer = with_pooling(model, pool, key), tokenizer
         self.tuned_layers, self.temperature, self.compat = tuned_layers, temperature, compat
         self.settings = {
             "pool": pool, "loss": loss, "compat": compat, "temperature": temperature, "max_length": max_length or limit
@@ -251,7 +251,7 @@ def _encode(apply: Any, params: Any, batch: Any, key: jax.Array | None, chunk: i
     return gradient_cache(pooled, chunk)(params, flat, key).reshape(*shape[:2], -1)
 
 
-def _with_pooling(model: nnx.Module, pool: str, key: jax.Array) -> nnx.Module:
+def with_pooling(model: nnx.Module, pool: str, key: jax.Array) -> nnx.Module:
     """A copy of `model` whose head gives style embeddings."""
     model = surgery.copy(model)
     pooling, act = POOLS[pool]

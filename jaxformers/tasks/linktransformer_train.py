@@ -166,7 +166,7 @@ def fit_linkage(model: Any, tokenizer: Any, splits: Split, args: LinkTrainingArg
         groups = sum(len(texts) // 2 for texts in splits.train)
         steps_per_epoch = max(1, groups // (args.train_batch_size // 2))
         batches = grouped_batches(splits.train, args.train_batch_size, args.seed, tokenize)
-        objective = _group_objective(args)
+        objective = group_objective(args)
     steps = args.num_epochs * steps_per_epoch
     # a share of exactly 1 means that the rate rises to the last step
     warmup = steps if args.warm_up_perc == 1 else args.warm_up_perc
@@ -247,7 +247,9 @@ def triplet_loss(features: jax.Array, labels: jax.Array, margin: float = 0.5) ->
     return jnp.sum(jnp.where(valid, hinge, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
 
 
-def _group_objective(args: LinkTrainingArgs) -> Callable:
+def group_objective(args: LinkTrainingArgs) -> Callable:
+    """The objective, for `fit`, of batches {inputs, labels} (rows): supervised contrast or triplets."""
+
     def objective(apply, params, batch, key):
         z = _embeddings(apply, args.chunk)(params, batch["inputs"], key)
         if args.loss_type == "supcon":
