@@ -20,9 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxformers.kernels import attention_gpu
+from jaxformers.kernels import attention_gpu, attention_tpu
 from jaxformers.kernels.tiles import MASKED, Rules, seen
 
+KERNELS = {"pallas_gpu": attention_gpu, "pallas_tpu": attention_tpu}
 WORTH = 1024  # keys from which a kernel beats XLA's fused softmax
 
 
@@ -68,11 +69,12 @@ def attention(
         out, lse = reference(x, rules, scale)
     elif implementation == "cudnn":
         return cudnn(x, rules, scale, return_lse)
-    elif implementation == "pallas_gpu":
-        tiles = tiles or attention_gpu.default_tiles(max(q.shape[-1], v.shape[-1]), q.dtype)
-        out, lse = _flash(attention_gpu, rules, scale, tiles, interpret, *_split(x))
+    elif implementation in KERNELS:
+        kernels = KERNELS[implementation]
+        tiles = tiles or kernels.default_tiles(max(q.shape[-1], v.shape[-1]), q.dtype)
+        out, lse = _flash(kernels, rules, scale, tiles, interpret, *_split(x))
     else:
-        raise ValueError(f"implementation: expected xla, cudnn or pallas_gpu, got {implementation!r}")
+        raise ValueError(f"implementation: expected xla, cudnn, {', '.join(KERNELS)}, got {implementation!r}")
     return (out, lse) if return_lse else out
 
 
@@ -107,11 +109,12 @@ def column_sums(
         p = jnp.exp(s - lse[..., None])
         p = p if allowed is None else jnp.where(allowed, p, 0.0)
         return jnp.einsum("bhqk,bhq->bhk", p, votes.astype(jnp.float32), precision="highest")
-    if implementation == "pallas_gpu":
-        tiles = tiles or attention_gpu.default_tiles(q.shape[-1], q.dtype)
-        x = {**x, "lse": lse.astype(jnp.float32), "votes": votes.astype(jnp.float32)}
-        return _no_gradient(attention_gpu, rules, scale, tiles.dkv, interpret, x)
-    raise ValueError(f"implementation: column sums have xla and pallas_gpu, got {implementation!r}")
+    if implementation not in KERNELS:
+        raise ValueError(f"implementation: column sums have xla, {', '.join(KERNELS)}, got {implementation!r}")
+    kernels = KERNELS[implementation]
+    tiles = tiles or kernels.default_tiles(q.shape[-1], q.dtype)
+    x = {**x, "lse": lse.astype(jnp.float32), "votes": votes.astype(jnp.float32)}
+    return _no_gradient(kernels, rules, scale, tiles.dkv, interpret, x)
 
 
 def platform() -> str:
