@@ -127,8 +127,10 @@ def platform() -> str:
 def choose(x: dict[str, Any], rules: Rules, *, return_lse: bool = False) -> str:
     """The implementation for these operands on this platform; the module's docstring says why."""
     where = platform()
-    if where != "gpu" or rules.keys < WORTH or rules.queries < 16:
+    if where not in ("gpu", "tpu") or rules.keys < WORTH or rules.queries < 16:
         return "xla"
+    if where == "tpu":
+        return "pallas_tpu"
     plain = not (rules.by_content or rules.prefix or return_lse or "bias" in x)
     square = not rules.causal or ("start" not in x and rules.queries == rules.keys)
     sizes = x["q"].shape[-1] == x.get("v", x["k"]).shape[-1] and x["q"].shape[-1] % 8 == 0

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxformers.kernels import attention as kernel
+from jaxformers.kernels import decode
+from jaxformers.kernels.attention import platform
 from jaxformers.nn.cache import Cache, KeyValue, extend
 from jaxformers.nn.dropout import dropout, split
 from jaxformers.nn.linear import Linear
@@ -91,12 +94,17 @@ def attend(
 
     Heads must be a multiple of kv_heads. Scores and softmax are float32. Probabilities are formed only when somebody
     asks for the sites ``<path>.scores`` or ``<path>.probs``; otherwise the fused path divides by the sum of the softmax
-    after the product with V, where there is less to divide. A query that sees no key gets the mean of all values (its
-    output is not meaningful, but finite).
+    after the product with V, where there is less to divide. When there is no dropout either, and sizes make it pay on
+    this accelerator, a kernel runs instead (``kernels/attention.py``, ``kernels/decode.py`` for one query). A query
+    that sees no key gets the mean of all values, or zeros from a kernel (its output is not meaningful, but finite).
     """
     batch, queries, heads, size = q.shape
     keys, kv_heads = k.shape[1], k.shape[2]
     scale = size**-0.5 if scale is None else scale
+    if needs_only_context(path, rate, key):
+        context = _by_kernel(q, k, v, mask or Mask(), bias, scale)
+        if context is not None:
+            return context
     # heads lead, and the queries of the heads that share a key head follow each other: plain batched matrix products
     q, k, v = ((q * scale).astype(q.dtype).swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2))
     q = q.reshape(batch, kv_heads, heads // kv_heads * queries, size)
@@ -115,6 +123,35 @@ def attend(
     probs = dropout(probs, rate, key).astype(v.dtype).reshape(batch, kv_heads, -1, keys)
     context = jnp.einsum("bhqk,bhkd->bhqd", probs, v).reshape(batch, heads, queries, v.shape[-1])
     return (context if total is None else (context / total).astype(v.dtype)).swapaxes(1, 2)
+
+
+def needs_only_context(path: str, rate: float, key: jax.Array | None) -> bool:
+    """Whether nobody looks at or rewrites the scores and probabilities of the attention ``path``, dropout included."""
+    observed = wanted(f"{path}.scores") or wanted(f"{path}.probs")
+    return not observed and (key is None or rate == 0.0)
+
+
+def visible_slots(mask: Mask, batch: int, keys: int) -> Bool[Array, "batch keys"] | None:
+    """The keys that a single query may see; None: all."""
+    allowed = mask.dense(1, keys)
+    return None if allowed is None else jnp.broadcast_to(allowed[:, 0, 0], (batch, keys))
+
+
+def _by_kernel(q, k, v, mask: Mask, bias, scale) -> jax.Array | None:
+    """The context by a kernel, or None where XLA is the better choice."""
+    if platform() == "cpu" or k.shape[1] < min(kernel.WORTH, decode.WORTH):
+        return None
+    if q.shape[1] == 1 and bias is None:
+        if decode.choose(k.shape[1]) == "xla":
+            return None
+        allowed = visible_slots(mask, q.shape[0], k.shape[1])
+        keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)  # as a cache keeps them
+        return decode.decode(q[:, 0], keys, values, allowed=allowed, scale=scale)[:, None]
+    rules = {"causal": mask.causal, "valid": mask.valid, "segments": mask.segments}
+    if mask.causal:
+        rules |= {"window": mask.window, "prefix": mask.prefix, "start": mask.start}
+    how = kernel.choose(*kernel.operands(q, k, v, bias=bias, **rules))
+    return None if how == "xla" else kernel.attention(q, k, v, bias=bias, scale=scale, implementation=how, **rules)
 
 
 def unnormalized_softmax(scores: Float[Array, "*batch keys"]) -> tuple[Float[Array, "*batch keys"], jax.Array]:

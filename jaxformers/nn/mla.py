@@ -21,7 +21,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxformers import weights
-from jaxformers.nn.attention import Mask, attend
+from jaxformers.kernels import decode
+from jaxformers.kernels.mla import mla_decode
+from jaxformers.nn.attention import Mask, attend, needs_only_context, visible_slots
 from jaxformers.nn.cache import KeyValue, Latent
 from jaxformers.nn.dropout import split
 from jaxformers.nn.linear import Linear
@@ -161,6 +163,12 @@ class LatentAttention(nnx.Module):
         up = weights.dense(self.kv_up.kernel.get_value()).astype(q.dtype)
         up = up.reshape(self.rank, self.heads, self.nope + self.value_size)
         latent_q = jnp.einsum("blhn,rhn->blhr", q[..., : self.nope], up[..., : self.nope])
+        slots, bias, mask = line.shape[1], settings["bias"], settings["mask"] or Mask()
+        alone = needs_only_context(self.path, self.rate, settings["key"])
+        if q.shape[1] == 1 and bias is None and alone and decode.choose(slots) != "xla":
+            allowed = visible_slots(mask, len(q), slots)
+            latent = mla_decode(latent_q[:, 0], q[:, 0, :, self.nope :], line, scale=self.scale, valid=allowed)[:, None]
+            return jnp.einsum("blhr,rhv->blhv", latent, up[..., self.nope :])
         q, line = jnp.concatenate([latent_q, q[..., self.nope :]], axis=-1), line[:, :, None]
         # the whole line serves as value too, so that it is read where it lies; the rotary part is dropped afterwards
         latent = attend(q, line, line, **settings)[..., : self.rank]
