@@ -98,7 +98,7 @@ def everything(how, args, mask, dtype=jnp.float32, **settings):
     return [np.asarray(a, np.float32) for a in (*found, *grads)]
 
 
-# heads and key heads, sizes of keys and values, queries and keys, bias, rules: odd lengths, all features, both gradients
+# heads and key heads, sizes of keys and values, queries and keys, bias, rules: odd lengths, all features
 CASES = {
     "all at once": ((4, 2), (24, 40), (37, 53), (1, 4), "causal window prefix valid start"),
     "plain, whole tiles": ((2, 2), (32, 32), (32, 48), None, ""),
