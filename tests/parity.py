@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 import jaxformers as jf
-from jaxformers import models
+from jaxformers import hub
 from jaxformers.models.writing import to_tensors
 
 
@@ -50,8 +50,7 @@ def run(model: Any, batch: dict[str, Any]) -> Any:
 
 def grads_by_hf_name(model: Any, grads: dict[str, Any]) -> dict[str, np.ndarray]:
     """Gradients of the params as the tensors of a checkpoint: Hugging Face's names and layouts."""
-    arch = models.architecture(type(model).__module__.rpartition(".")[2])
-    tensors, _ = to_tensors(jf.with_params(model, grads), arch)
+    tensors, _ = to_tensors(jf.with_params(model, grads), hub.module_of(model.config))
     return {name: read() for name, _, _, read in tensors}
 
 

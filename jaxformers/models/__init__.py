@@ -29,6 +29,7 @@ ARCHITECTURES = {
     "deepseek_v3": "deepseek_v3",
     "deit": "deit",
     "dinov2": "dinov2",
+    "dinov2_with_registers": "dinov2_with_registers",
     "distilbert": "distilbert",
     "electra": "electra",
     "esm": "esm",

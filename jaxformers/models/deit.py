@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxformers import nn
 from jaxformers.models import config as configs
@@ -31,6 +31,7 @@ class Config:
     patch_size: tuple[int, int] = (16, 16)
     num_channels: int = 3
     qkv_bias: bool = True
+    encoder_stride: int = 16
     pooler_act: str = "tanh"
     pooler_output_size: int | None = None
     num_labels: int = 2
@@ -67,7 +68,8 @@ class TeacherHead(nnx.Module):
 class DeiT(nnx.Module):
     """``embeddings`` → ``layers`` → ``final_norm`` → ``pooler`` or ``head``.
 
-    Heads: image_classification, image_classification_with_teacher (``extra``: cls_logits, distillation_logits).
+    Heads: image_classification, image_classification_with_teacher (``extra``: cls_logits, distillation_logits),
+    masked_image_modeling (the image's pixels).
     """
 
     def __init__(self, config: Config, *, head: str | None = None, rngs: nnx.Rngs):
@@ -80,6 +82,7 @@ class DeiT(nnx.Module):
             patch=c.patch_size,
             channels=c.num_channels,
             distillation=True,
+            mask_token=head == "masked_image_modeling",
             rate=c.hidden_dropout_prob,
             std=std,
             rngs=rngs,
@@ -93,13 +96,19 @@ class DeiT(nnx.Module):
             self.head = nn.ClassificationHead(width, c.num_labels, std=std, rngs=rngs)
         elif head == "image_classification_with_teacher":
             self.head = TeacherHead(width, c.num_labels, std=std, rngs=rngs)
+        elif head == "masked_image_modeling":
+            self.head = vit.PixelHead(width, c.encoder_stride, c.num_channels, std=std, rngs=rngs)
 
     def __call__(
-        self, pixel_values: Float[Array, "batch channels height width"], *, rngs: jax.Array | None = None
+        self,
+        pixel_values: Float[Array, "batch channels height width"],
+        bool_masked_pos: Bool[Array, "batch patches"] | None = None,
+        *,
+        rngs: jax.Array | None = None,
     ) -> nn.Output:
         """Images of another size than ``image_size`` stretch the position table."""
         embed_key, layers_key, head_key = nn.split(rngs, 3)
-        x, _ = self.embeddings(pixel_values, key=embed_key)
+        x, grid = self.embeddings(pixel_values, bool_masked_pos, key=embed_key)
         h, _ = self.layers(x, key=layers_key)
         h = self.final_norm(h)
         if self.head_name == "image_classification":
@@ -107,6 +116,10 @@ class DeiT(nnx.Module):
         if self.head_name == "image_classification_with_teacher":
             logits, both = self.head(h)
             return nn.Output(h, logits=logits, extra=both)
+        if self.head_name == "masked_image_modeling":
+            return nn.Output(h, logits=self.head(h[:, 2:].reshape(h.shape[0], *grid, -1)))
+        if self.head_name == "sentence":
+            return nn.Output(h, pooled=self.head(h, None))
         pooled = None if self.pooler is None else nn.activation(self.config.pooler_act)(self.pooler(h[:, 0]))
         return nn.Output(h, pooled=pooled)
 
@@ -120,6 +133,7 @@ HEADS = {
         "DeiTForImageClassificationWithTeacher",
         {"head.classifier": "cls_classifier", "head.distillation_classifier": "distillation_classifier"},
     ),
+    "masked_image_modeling": ("DeiTForMaskedImageModeling", {"head.decoder": "decoder.0"}),
 }
 BASE_CLASS = "DeiTModel"
-IGNORED = (r"embeddings\.mask_token",)
+IGNORED = (r"embeddings\.mask_token",)  # a body without a head that predicts pixels reads none

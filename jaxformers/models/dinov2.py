@@ -52,6 +52,9 @@ class Config:
     def grid(self) -> tuple[int, int]:
         return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
 
+    num_register_tokens = 0  # those of dinov2_with_registers differ, and how they stretch the position table
+    antialias = False
+
     @property
     def intermediate_size(self) -> int:
         hidden = int(self.hidden_size * self.mlp_ratio)
@@ -73,7 +76,9 @@ class DINOv2(nnx.Module):
             grid=c.grid,
             patch=c.patch_size,
             channels=c.num_channels,
+            registers=c.num_register_tokens,
             mask_token=c.use_mask_token,
+            antialias=c.antialias,
             rate=c.hidden_dropout_prob,
             std=std,
             rngs=rngs,
@@ -108,7 +113,10 @@ class DINOv2(nnx.Module):
         h = self.final_norm(h)
         if self.head_name is None:
             return nn.Output(h, pooled=h[:, 0])
-        both = jnp.concatenate([h[:, 0], h[:, 1:].mean(1)], axis=-1)
+        if self.head_name == "sentence":
+            return nn.Output(h, pooled=self.head(h, None))
+        patches = h[:, 1 + self.config.num_register_tokens :]
+        both = jnp.concatenate([h[:, 0], patches.mean(1)], axis=-1)
         return nn.Output(h, logits=self.head(both, head_key), pooled=h[:, 0])
 
 

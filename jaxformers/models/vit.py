@@ -126,6 +126,8 @@ class ViT(nnx.Module):
             return nn.Output(h, logits=self.head(h[:, 0], head_key))
         if self.head_name == "masked_image_modeling":
             return nn.Output(h, logits=self.head(h[:, 1:].reshape(h.shape[0], *grid, -1)))
+        if self.head_name == "sentence":
+            return nn.Output(h, pooled=self.head(h, None))
         pooled = None if self.pooler is None else nn.activation(self.config.pooler_act)(self.pooler(h[:, 0]))
         return nn.Output(h, pooled=pooled)
 

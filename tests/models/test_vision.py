@@ -38,10 +38,13 @@ def layers(model, batch):
     return out, hidden, [seen[f"layers.{i}.attention.probs"] for i in range(depth)]
 
 
-def assert_same_tensors(folder, copy):
+def assert_same_tensors(folder, copy, renamed=()):
+    """The same names, but for parts of names that are ``renamed``, dtypes and bits; buffers are left out."""
     before, after = load_file(folder / "model.safetensors"), load_file(copy / "model.safetensors")
     buffers = ("num_batches_tracked", "relative_position_index")
     before = {name: tensor for name, tensor in before.items() if not name.endswith(buffers)}
+    for old, new in dict(renamed).items():
+        before = {name.replace(old, new): tensor for name, tensor in before.items()}
     assert set(before) == set(after)
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype and np.array_equal(tensor, after[name]), name
