@@ -35,18 +35,20 @@ from jaxformers.data.text import english_text, python_sources, read_records, rea
 from jaxformers.data.tokenizers import Tokenizer, load_tokenizer, train_wordpiece
 from jaxformers.extras import require
 from jaxformers.models import bert
+from jaxformers.resolve import packaged
 from jaxformers.train import OptimConfig, TrainConfig, fit
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """`teacher`: a checkpoint; None trains one of the sizes below, with `heads` heads.
+    """`teacher`: a checkpoint; None trains one of the sizes below, with `heads` heads; "auto" is all-MiniLM-L6-v2 where
+    an installed package carries it, else None.
 
     Lengths are in tokens, batches in rows. `with_probe_text`: the probe's training texts, without their labels, join
     the corpus.
     """
 
-    teacher: str | None = "all-MiniLM-L6-v2"
+    teacher: str | None = "auto"
     data: Path | None = None
     probe: Path | None = None
     vocab: int = 6000
@@ -90,6 +92,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     train_texts, heldout_texts = corpus(config)
     if config.with_probe_text:
         train_texts = train_texts + probe_data["train"][0]
+    if config.teacher == "auto":
+        found = "all-MiniLM-L6-v2" if packaged("all-MiniLM-L6-v2") else None
+        config = dataclasses.replace(config, teacher=found)
     if config.teacher is None:
         tokenizer = train_wordpiece(train_texts, config.vocab, max_length=config.length)
         teacher, teacher_loss = train_teacher(config, train_texts, heldout_texts, tokenizer, out)

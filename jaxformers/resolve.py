@@ -38,7 +38,7 @@ def find(path_or_id: str) -> Path:
     if directory.exists():
         raise CheckpointError(f"{path_or_id}: is a file; expected the directory that holds it and config.json")
     name = path_or_id.removeprefix("sentence-transformers/")
-    if name in PACKAGED and (found := _packaged(PACKAGED[name][0])) is not None:
+    if (found := packaged(name)) is not None:
         return found
     hint = f"; or {PACKAGED[name][1]}" if name in PACKAGED else ""
     if path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") > 1:
@@ -61,8 +61,9 @@ def find(path_or_id: str) -> Path:
         ) from error
 
 
-def _packaged(package: str) -> Path | None:
-    spec = importlib.util.find_spec(package)
+def packaged(name: str) -> Path | None:
+    """The directory of the checkpoint `name` ("all-MiniLM-L6-v2") where an installed package carries it, else None."""
+    spec = importlib.util.find_spec(PACKAGED[name][0]) if name in PACKAGED else None
     for root in (spec.submodule_search_locations or []) if spec else []:
         for config in sorted(Path(root).rglob("config.json")):
             if (config.parent / "modules.json").is_file():
