@@ -40,6 +40,7 @@ from jaxformers.pretrain.star_batches import AuthorBatches, author_table
 from jaxformers.train.gradient_cache import gradient_cache
 from jaxformers.train.loop import TrainConfig, fit
 from jaxformers.train.optim import OptimConfig
+from jaxformers.train.state import trained_by_default
 
 __all__ = [
     "AuthorBatches", "AuthorIndex", "PAPER", "StyleModel", "StylePretrainer", "Verifier", "author_table", "cluster",
@@ -191,7 +192,11 @@ class StylePretrainer:
                 raise ValueError("train.scan_layers: tuned_layers freezes layers one by one, stacked layers cannot be")
             below = len(self.model.layers) - self.tuned_layers
             frozen = (*frozen, "model.embeddings.**", *(f"model.layers.{i}.**" for i in range(below)))
-        run = dataclasses.replace(train, freeze=frozen, scan_layers=False, remat=None)
+        trainable = train.trainable
+        default = trained_by_default(everything)
+        if trainable is None and "model.head.dense.kernel" not in default:  # a LoRA backbone: the pooling layer is new
+            trainable = (*sorted(default), "model.head.**", *(["log_scale"] if self.temperature is None else []))
+        run = dataclasses.replace(train, trainable=trainable, freeze=frozen, scan_layers=False, remat=None)
         if self.temperature is None:  # weight decay would pull the scale to 1
             keep = (*run.optim.no_decay, "log_scale")
             run = dataclasses.replace(run, optim=dataclasses.replace(run.optim, no_decay=keep))

@@ -14,7 +14,9 @@ class TrainConfig:
       examples of a batch with one another (`jaxformers.train.gradient_cache` is for those).
     - ``compute_dtype``: dtype that the objective sees parameters in; None leaves each in its own. The masters that the
       optimiser updates are float32 in any case.
-    - ``trainable``, ``freeze``: path patterns; None trains every floating-point leaf.
+    - ``trainable``, ``freeze``: path patterns. None trains every floating-point array but the scales of packed
+      weights; of parameters that carry LoRA updates or adapters only these and classification heads, as PEFT does. The
+      scales of packed weights are trained where a pattern names them (``**.kernel.scales``).
     - ``ema``: decay of a moving average of the parameters; evaluation then uses the average.
     - ``remat``, ``scan_layers``: handed to `jaxformers.functional` when `fit` is given a model.
     - ``eval_every``: 0 evaluates at the end only. ``checkpoint_every``: 0 saves on SIGTERM only.

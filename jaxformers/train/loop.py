@@ -32,7 +32,7 @@ from jaxformers.train.flops import peak_flops
 from jaxformers.train.logs import Recorder, batch_size, local
 from jaxformers.train.optim import OptimConfig, make_optimizer, schedule
 from jaxformers.train.preempt import Sigterm
-from jaxformers.train.state import Flat, State, leaf_paths, master, split
+from jaxformers.train.state import Flat, State, leaf_paths, master, narrowed, split
 from jaxformers.train.step import Compiled, make_eval, make_step
 from jaxformers.train.stream import Stream, gather_states, own_state
 
@@ -175,6 +175,8 @@ def fit(
     pinned = None if mesh is None else (jax.tree.map(lambda x: x.sharding, state), None)
     recorder = Recorder(directory, start, config.steps, progress=config.progress, tensorboard=config.tensorboard)
     train_step = Compiled("train step", recorder, make(apply), counted, donate_argnums=0, out_shardings=pinned)
+    if config.trainable is None and (narrow := narrowed(params, config.freeze)):
+        recorder.say(narrow)
     if differing:
         recorder.say(f"resuming step {start} with other settings than it was saved with: {differing}")
     eval_step = Compiled("evaluation", recorder, make_eval(eval_objective or objective, apply, join, dtypes=dtypes))

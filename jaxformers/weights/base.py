@@ -12,7 +12,12 @@ Read = Callable[[str], np.ndarray]  # suffix of a checkpoint tensor under the la
 
 @runtime_checkable
 class Weight(Protocol):
-    """What stands where a kernel array stood; a registered pytree."""
+    """What stands where a kernel array stood; a registered pytree.
+
+    Two class attributes, where a kind has them, tell `jaxformers.train.fit` what to train by default: ``constants``
+    names floating-point arrays that are part of a storage format (the scales of packed integers) and stay as they are;
+    ``updates`` those that were added to be trained while the rest of the model stays as it is.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:

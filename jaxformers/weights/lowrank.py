@@ -1,7 +1,7 @@
 """A low-rank update of a frozen weight: ``W + scale · A B`` (LoRA, arXiv 2106.09685, equation 3)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ class LowRank:
     base: Any
     a: jax.Array
     b: jax.Array
+    updates: ClassVar = ("a", "b")
     scale: float = dataclasses.field(metadata={"static": True}, default=1.0)
 
     @property
@@ -58,9 +59,10 @@ def add_lora(
 ) -> nnx.Module:
     """A copy of ``model`` whose linear layers at ``targets`` carry a low-rank update, zero at first.
 
-    ``a`` is drawn from N(0, 1/in) (Kaiming), ``b`` is zero (LoRA, section 4.1). Train the paths ``**.kernel.a`` and
-    ``**.kernel.b`` with the rest frozen; :func:`merge_lora` folds the update into plain kernels. Frozen packed kernels
-    may lie below (QLoRA). Raises ValueError when ``rank`` < 1 or nothing matches.
+    ``a`` is drawn from N(0, 1/in) (Kaiming), ``b`` is zero (LoRA, section 4.1). `jaxformers.train.fit` trains ``a``
+    and ``b`` and a classification head, the rest stays frozen, unless its ``trainable`` says otherwise;
+    :func:`merge_lora` folds the update into plain kernels. Packed kernels may lie below (QLoRA). Raises ValueError when
+    ``rank`` < 1 or nothing matches.
     """
     if rank < 1:
         raise ValueError(f"rank: expected 1 or more, got {rank}")

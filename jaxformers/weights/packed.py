@@ -8,7 +8,7 @@ with zeros always in their version 2 meaning: the zero itself, where version 1 f
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ class PackedWeight:
     qzeros: jax.Array
     scales: jax.Array
     g_idx: jax.Array | None
+    constants: ClassVar = ("scales",)
     bits: int = dataclasses.field(metadata={"static": True})
     group_size: int = dataclasses.field(metadata={"static": True}, default=-1)
     checkpoint_format: str = dataclasses.field(metadata={"static": True}, default="gptq")

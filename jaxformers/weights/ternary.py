@@ -6,7 +6,7 @@ that differ. Source: the ternary grid of GPTQ, arXiv 2210.17323.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ class TernaryWeight:
     positive: jax.Array
     negative: jax.Array
     g_idx: jax.Array | None
+    constants: ClassVar = ("positive", "negative")
     group_size: int = dataclasses.field(metadata={"static": True}, default=-1)
 
     @property

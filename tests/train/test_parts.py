@@ -16,7 +16,8 @@ from train import toy
 import jaxformers as jf
 from jaxformers import compilation
 from jaxformers.train import flops, logs, placement, stream, tensorboard
-from jaxformers.train.state import leaf_paths, split
+from jaxformers.train.state import leaf_paths, narrowed, split
+from jaxformers.weights.lowrank import LowRank
 
 
 def drawn(s, n):
@@ -243,6 +244,49 @@ def test_leaf_paths_reach_into_lists_and_typed_weights():
     assert set(frozen) == {"layers.0.kernel.mask"}, "booleans are never trained"
     assert jax.tree.structure(join(trained, frozen)) == jax.tree.structure(params)
     assert set(split(params, trainable="**.kernel")[0]) == {"layers.0.kernel.base"}
+
+
+def _packed(shape=(32, 8)):
+    from jaxformers.weights.packed import pack_codes
+
+    codes = np.random.default_rng(0).integers(0, 16, shape)
+    zeros, scales = np.full((1, shape[1]), 8), np.full((1, shape[1]), 0.05, np.float32)
+    return pack_codes(codes, zeros, scales, np.zeros(shape[0], np.int32), bits=4)
+
+
+def test_scales_of_packed_weights_are_trained_only_where_named():
+    params = {"layers": {"0": {"kernel": _packed(), "bias": jnp.ones(8)}}}
+    assert set(split(params)[0]) == {"layers.0.bias"}
+    assert set(split(params, trainable="**.kernel.scales")[0]) == {"layers.0.kernel.scales"}
+    masked = {"kernel": jf.weights.Masked(_packed(), jnp.ones((32, 8), bool)), "bias": jnp.ones(8)}
+    assert set(split(masked)[0]) == {"bias"}, "a packed weight inside another kind"
+
+
+@pytest.mark.parametrize("base", [_packed, lambda: jnp.ones((32, 8))])
+def test_lora_and_adapters_are_trained_alone_with_new_heads(base):
+    lora = LowRank(base(), jnp.ones((32, 2)), jnp.zeros((2, 8)))
+    block = {"kernel": lora, "bias": jnp.ones(8), "adapter": {"up": {"kernel": jnp.ones((4, 8))}}}
+    head = {"dense": {"kernel": jnp.ones((8, 8))}, "classifier": {"kernel": jnp.ones((8, 2))}}
+    updates = {"layers.0.kernel.a", "layers.0.kernel.b", "layers.0.adapter.up.kernel"}
+    params = {"layers": {"0": block}, "norm": {"scale": jnp.ones(8)}, "head": head}
+    assert set(split(params)[0]) == updates | {"head.dense.kernel", "head.classifier.kernel"}
+    assert set(split(params, freeze="head.**")[0]) == updates
+    language = {"layers": {"0": block}, "head": {"decoder": {"kernel": jnp.ones((8, 9))}}}
+    assert set(split(language)[0]) == updates, "the head of a language model is no new one"
+    below = {"student": params, "teacher": {"head": {"decoder": {"kernel": jnp.ones((8, 9))}}}}
+    expected = {f"student.{p}" for p in updates | {"head.dense.kernel", "head.classifier.kernel"}}
+    assert set(split(below)[0]) == expected
+    everything = split(params, trainable="**")[0]
+    assert "norm.scale" in everything and "layers.0.bias" in everything
+    distilled = {"student": {"kernel": jnp.ones((3, 3))}, "teacher": params}
+    assert set(split(distilled, freeze="teacher.**")[0]) == {"student.kernel"}, "a frozen part decides nothing"
+
+
+def test_a_narrowed_default_is_told():
+    plain = {"layers": {"0": {"kernel": jnp.ones((32, 8)), "ids": jnp.ones(3, int)}}}
+    assert narrowed(plain) == ""
+    told = narrowed({"kernel": LowRank(jnp.ones((32, 8)), jnp.ones((32, 2)), jnp.zeros((2, 8)))})
+    assert "training 80 of 336 numbers" in told and "`trainable`" in told
 
 
 def test_optimiser_state_is_placed_like_its_parameters():
