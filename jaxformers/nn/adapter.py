@@ -35,7 +35,8 @@ def add_adapters(
 
     By default after each sub-layer, before its residual connection (Houlsby et al., arXiv 1902.00751, figure 2).
     ``up`` starts at zero: the model's outputs do not change. `jaxformers.train.fit` trains the adapters and a
-    classification head, the rest stays frozen, unless its ``trainable`` says otherwise. Raises ValueError when ``size`` < 1, nothing matches, or a target has an adapter already.
+    classification head, the rest stays frozen, unless its ``trainable`` says otherwise. Raises ValueError when ``size``
+    < 1, nothing matches, or a target has an adapter already.
     """
     if size < 1:
         raise ValueError(f"size: expected 1 or more, got {size}")
