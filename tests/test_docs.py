@@ -40,22 +40,25 @@ def checkpoints(tmp_path, monkeypatch):
     bert = {"model_type": "bert", "vocab_size": wordpiece.vocab_size, "max_position_embeddings": 32, **small}
     gpt2 = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
     gpt2 |= {"model_type": "gpt2", "vocab_size": bpe.vocab_size}
+    t5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+    t5 |= {"model_type": "t5", "vocab_size": bpe.vocab_size, "feed_forward_proj": "gated-gelu"}
     key = jax.random.key(0)
     jf.save(jf.init(bert, head="masked_lm", key=key), "bert-base-uncased", tokenizer=wordpiece)
+    jf.save(jf.init(t5, head="seq2seq_lm", key=key), "t5-small", tokenizer=bpe)
     jf.save(jf.init(gpt2, head="causal_lm", key=key), "gpt2", tokenizer=bpe)
 
 
 def test_the_porting_page_runs(checkpoints):
     page = (DOCS / "porting.md").read_text()
     code = blocks(page)
-    assert len(code) >= 10
+    assert len(code) >= 11
     names: dict = {}
     for block in code:
         exec(compile(block, "docs/porting.md", "exec"), names)
     assert names["seen"]["layers.0.attention.probs"].shape[1] == 2 and len(names["texts"]) == 2
     assert json.loads(Path("tuned/config.json").read_text())["architectures"] == ["BertForSequenceClassification"]
     assert names["no_decay"]["layers.0.attention.query.kernel"] and not names["no_decay"]["layers.1.mlp_norm.scale"]
-    assert names["result"].history
+    assert names["result"].history and len(names["translated"]) == 2 and names["logits"].shape[:2] == (2, 5)
 
 
 def test_the_heads_of_the_porting_page_are_those_of_the_library():
