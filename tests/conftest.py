@@ -13,6 +13,8 @@ def _cache_directory() -> Path:
 
 # The CPU is the reference everywhere; JAX_PLATFORMS=cuda (or tpu) runs the same tests on an accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] != "cpu":  # parity in float32 needs products in float32, which accelerators round
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # meshes are tested on eight virtual devices
