@@ -169,6 +169,54 @@ class SpectrogramExtractor:
         return {**json.loads(self.hf), **fields, "feature_extractor_type": "ASTFeatureExtractor"}
 
 
+@dataclasses.dataclass(frozen=True)
+class WaveExtractor:
+    """What wav2vec 2.0 and its like read: waveforms, padded on the right, each at mean 0 and variance 1 where asked.
+
+    ``return_attention_mask``: models trained with a mask normalise each waveform by itself and get
+    ``attention_mask`` (batch, samples), 1 = real; the others normalise it together with its padding, as Hugging Face
+    does, and get none.
+    """
+
+    sampling_rate: int = 16000
+    padding_value: float = 0.0
+    return_attention_mask: bool = False
+    do_normalize: bool = True
+    hf: str = dataclasses.field(default="{}", repr=False, compare=False)
+
+    def __call__(self, waves: Any, *, sampling_rate: int, length: int | None = None) -> dict[str, np.ndarray]:
+        """``{"input_values": (batch, length), …}`` of one waveform (samples,) or several, mono.
+
+        ``length``: samples to pad to, by default the longest waveform's. Raises ValueError for another sampling rate
+        (see :func:`jaxformers.data.audio.resample`), several channels, no samples, or more than ``length``.
+        """
+        waves = _mono(waves)
+        _check_rate(sampling_rate, self.sampling_rate)
+        lengths = [len(wave) for wave in waves]
+        length = max(lengths) if length is None else length
+        if min(lengths) < 1 or max(lengths) > length:
+            raise ValueError(f"waves: {min(lengths)} to {max(lengths)} samples; expected 1 to {length}")
+        if not all(np.isfinite(wave).all() for wave in waves):
+            raise ValueError("waves: has samples that are NaN or infinite")
+        rows = np.full((len(waves), length), self.padding_value, np.float32)
+        for row, wave in zip(rows, waves, strict=True):
+            row[: len(wave)] = wave
+            if self.do_normalize:
+                real = row[: len(wave)] if self.return_attention_mask else row
+                real[:] = (real - real.mean()) / np.sqrt(real.var() + 1e-7)
+        mask = (np.arange(length) < np.array(lengths)[:, None]).astype(np.int32)
+        return {"input_values": rows} | ({"attention_mask": mask} if self.return_attention_mask else {})
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``preprocessor_config.json`` into ``directory``, beside the model that ``jf.save`` has put there."""
+        atomic.write_json_atomic(Path(directory) / "preprocessor_config.json", self.to_hf())
+
+    def to_hf(self) -> dict[str, Any]:
+        """The ``preprocessor_config.json`` dict."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "hf"}
+        return {**json.loads(self.hf), **fields, "feature_extractor_type": "Wav2Vec2FeatureExtractor"}
+
+
 def _mono(waves: Any) -> list[np.ndarray]:
     """One waveform or several, each (samples,)."""
     single = isinstance(waves, np.ndarray | jax.Array) and waves.ndim == 1
@@ -192,7 +240,7 @@ def _check_rate(given: int, own: int) -> None:
         )
 
 
-def load_feature_extractor(path_or_id: str | Path) -> SpectrogramExtractor:
+def load_feature_extractor(path_or_id: str | Path) -> SpectrogramExtractor | WaveExtractor:
     """The feature extractor of a checkpoint, as its ``preprocessor_config.json`` describes it.
 
     Raises ValueError (CheckpointError for the file) naming what is missing, unknown or cannot be.
@@ -213,6 +261,10 @@ def _spectrogram(file: Path, hf: Mapping[str, Any]) -> SpectrogramExtractor:
     return SpectrogramExtractor(**_fields(file, SpectrogramExtractor, hf, fixed))
 
 
+def _wave(file: Path, hf: Mapping[str, Any]) -> WaveExtractor:
+    return WaveExtractor(**_fields(file, WaveExtractor, hf, {"feature_size": 1, "padding_side": "right"}))
+
+
 def _fields(file: Path, cls: type, hf: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of ``cls`` among the settings ``hf``, of which those in ``fixed`` have but one possible value."""
     for name, only in fixed.items():
@@ -231,4 +283,4 @@ def _fields(file: Path, cls: type, hf: Mapping[str, Any], fixed: Mapping[str, An
 
 
 _A = {int: "a whole number", float: "a number", bool: "true or false"}
-_KINDS = {"ASTFeatureExtractor": _spectrogram}
+_KINDS = {"ASTFeatureExtractor": _spectrogram, "Wav2Vec2FeatureExtractor": _wave}

@@ -53,6 +53,7 @@ ARCHITECTURES = {
     "t5": "t5",
     "vit": "vit",
     "vit_mae": "vit_mae",
+    "wav2vec2": "wav2vec2",
     "xlm-roberta": "roberta",
 }
 

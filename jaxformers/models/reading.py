@@ -187,8 +187,8 @@ def _reader(names: Names, path: str, entry: HF, leaf_name: str, leaf: Any) -> Ca
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise ValueError(f"{entry.name}.{leaf_name} has dtype {tensor.dtype}, expected a floating-point one")
     read = _torch_like(names, entry)
-    if is_kernel:
-        return lambda: weights.from_tensors(leaf, read)
+    if is_kernel:  # a table may give the leaf another name than "weight"
+        return lambda: weights.from_tensors(leaf, lambda suffix: read(leaf_name if suffix == "weight" else suffix))
     return lambda: read(leaf_name).reshape(shape)
 
 

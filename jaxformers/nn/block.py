@@ -22,7 +22,8 @@ class Block(nnx.Module):
     GPT-NeoX; pre-norm only): attention and MLP read the same x, ``x + attention(norm(x)) + mlp(norm(x))``; without an
     ``mlp_norm`` the MLP reads attention's. ``attention_scale`` and ``mlp_scale``: a factor per channel of what
     each adds (LayerScale, arXiv 2103.17239). ``drop_path``: the rate at which a sequence skips a branch (stochastic
-    depth, arXiv 1603.09382), None for none. ``cross_attention`` with its ``cross_attention_norm``: an
+    depth, arXiv 1603.09382), None for none. ``layer_drop``: the rate at which all of the batch skips the whole block
+    (arXiv 1909.11556, wav2vec 2.0). ``cross_attention`` with its ``cross_attention_norm``: an
     encoder–decoder's, between the two, ``x + cross_attention(norm(x), memory)`` or post-norm likewise.
     """
 
@@ -43,6 +44,7 @@ class Block(nnx.Module):
         width: int | None = None,
         rate: float = 0.0,
         drop_path: float | None = None,
+        layer_drop: float = 0.0,
     ):
         if parallel and not prenorm:
             raise ValueError("block: parallel attention and MLP are for pre-norm blocks")
@@ -52,6 +54,7 @@ class Block(nnx.Module):
             raise ValueError("block: layer_scale needs the width")
         self.path = ""
         self.prenorm, self.parallel, self.rate, self.drop_path = prenorm, parallel, rate, drop_path
+        self.layer_drop = layer_drop
         self.attention, self.attention_norm = attention, attention_norm
         self.mlp, self.mlp_norm = mlp, mlp_norm
         self.cross_attention = cross_attention if cross_attention is not None else nnx.data(None)
@@ -75,7 +78,7 @@ class Block(nnx.Module):
         """``memory``: the encoder's output, unless ``cache`` (:class:`WithMemory`) has its keys and values; None leaves
         cross-attention out. ``context`` is whatever else this model's attention takes; an MLP that is ``spatial`` takes
         its ``grid``."""
-        x = site(f"{self.path}.input", x)
+        start = x = site(f"{self.path}.input", x)
         attention_key, drop1, drop2, cross_key, drop3, mlp_key = split(key, 6)
         normed = self.attention_norm(x) if self.prenorm else x
         context |= {"mask": mask, "bias": bias, "rotary": rotary}
@@ -94,6 +97,8 @@ class Block(nnx.Module):
             h = self._feed(self.mlp_norm(x) if self.prenorm else x, mlp_key, context)
         x = x + self._branch(h, self.mlp_scale, drop2)
         x = x if self.prenorm else self.mlp_norm(x)
+        if self.layer_drop > 0 and key is not None:
+            x = jnp.where(jax.random.bernoulli(jax.random.fold_in(key, 6), self.layer_drop), start, x)
         return site(f"{self.path}.output", x), WithMemory(own, memory) if isinstance(cache, WithMemory) else own
 
     def _feed(self, x: Array, key: jax.Array | None, context: dict[str, Any]) -> Array:
