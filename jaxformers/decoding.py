@@ -63,7 +63,8 @@ def prefill(model: nnx.Module, prompts: Prompts, slots: int) -> tuple[Float[Arra
         cache = model.empty_cache(batch, slots, model.encode(**prompts.first))
         out = model(decoder_input_ids=prompts.ids, cache=cache, logits_to_keep=1)
         return out.logits[:, -1].astype(jnp.float32), jnp.full(batch, length), out.cache
-    positions = jnp.maximum(jnp.cumsum(prompts.mask, axis=1) - 1, 0)
+    first_position = getattr(model.config, "first_position", 0)  # RoBERTa's rows before it serve padding
+    positions = jnp.maximum(jnp.cumsum(prompts.mask, axis=1) - 1, 0) + first_position
     out = model(
         prompts.ids,
         prompts.mask,

@@ -30,6 +30,7 @@ from jaxformers.prompts import (
     ending_arrays,
     endings,
     form,
+    positions_of,
     request,
     text_of,
     tokenizer_of,
@@ -164,7 +165,7 @@ class _Program(NamedTuple):
         model = surgery.copy(model)
         model.source = None  # where weights came from makes no difference to the program
         graph, state = nnx.split(model)
-        return cls(graph, nnx.to_pure_dict(state), getattr(model.config, "max_position_embeddings", None))
+        return cls(graph, nnx.to_pure_dict(state), positions_of(model.config))
 
     def sample(
         self,

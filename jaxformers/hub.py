@@ -266,7 +266,7 @@ def head_from_architectures(hf: Mapping[str, Any], arch: Any) -> str | None:
     names = hf.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("config.json: architectures must be a list of class names")
-    return _head_from_class(names[0], arch) if names else None
+    return _head_from_class(names[0], arch) if names else getattr(arch, "DEFAULT_HEAD", None)
 
 
 def check_head(head: str | None, arch: Any) -> None:

@@ -44,6 +44,11 @@ def batch_bucket(rows: int) -> int:
     return next((n for n in BATCHES if n >= rows), -(-rows // 64) * 64)
 
 
+def positions_of(config: Any) -> int | None:
+    """How many tokens a model has positions for; None where there is no limit."""
+    return getattr(config, "max_length", getattr(config, "max_position_embeddings", None))
+
+
 def form(prompts: Any) -> tuple[bool, bool]:
     """(is it one prompt?, are they texts?)."""
     if isinstance(prompts, str):
@@ -67,7 +72,7 @@ def request(
     max_new_tokens: int,
 ) -> Request:
     """Check and convert ``prompts`` (a list, of texts where ``tokenizer`` is to encode them) for ``model``."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = positions_of(model.config)
     reads = inspect.signature(model.encode).parameters if hasattr(model, "encode") else None
     if reads is None:
         if decoder_prompt is not None:
@@ -260,7 +265,8 @@ def _said(model: nnx.Module, name: str) -> Any:
     if found is None:
         hf = json.loads(model.config.hf)
         found = hf.get(name)
-        found = (hf.get("text_config") or {}).get(name) if found is None else found
+        for part in ("text_config", "decoder"):  # a model of several parts
+            found = (hf.get(part) or {}).get(name) if found is None else found
     return found
 
 

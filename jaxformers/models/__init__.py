@@ -3,8 +3,9 @@
 Each module has ``Config``, ``Model``, ``KEYS`` and ``HEADS`` (parameter paths ↔ checkpoint names), ``PREFIX`` (under
 which a checkpoint with a head keeps the body; may be empty), ``BASE_CLASS`` and ``IGNORED`` (buffers that carry no
 weights). Where there is one: ``RENAMED`` lists (pattern, replacement): from other writers' names to those in KEYS;
-``OPTIONAL`` names the model's parts that only some heads have; ``keys(config)`` adds to KEYS, and ``ignored(config)``
-to IGNORED, what a config decides; ``FLOAT32`` lists patterns of parameters that never get less precision; ``ALIASES``
+``DEFAULT_HEAD`` is the head where a checkpoint names no class; ``OPTIONAL`` names the parts of models that only some
+heads or configs have; ``keys(config)`` adds to KEYS, and ``ignored(config)`` to IGNORED, what a config decides;
+``FLOAT32`` lists patterns of parameters that never get less precision; ``ALIASES``
 {name: names that stand for it where it is missing}; ``UNPREFIXED``: heads whose checkpoints do without PREFIX;
 ``settle(config, tensors)``: the config with what only a checkpoint's tensors tell.
 """
@@ -51,6 +52,8 @@ ARCHITECTURES = {
     "segformer": "segformer",
     "swin": "swin",
     "t5": "t5",
+    "trocr": "trocr",
+    "vision-encoder-decoder": "vision_encoder_decoder",
     "vit": "vit",
     "vit_mae": "vit_mae",
     "wav2vec2": "wav2vec2",

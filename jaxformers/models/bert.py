@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxformers import nn
 from jaxformers.models import config as configs
@@ -15,7 +15,10 @@ from jaxformers.models import config as configs
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes and rates of a BERT; the field names are Hugging Face's for BERT in every architecture."""
+    """Sizes and rates of a BERT; the field names are Hugging Face's for BERT in every architecture.
+
+    ``is_decoder``: tokens see only those before them; ``add_cross_attention``: and the memory of an encoder.
+    """
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -34,25 +37,54 @@ class Config:
     tie_word_embeddings: bool = True
     num_labels: int = 2
     pooler: bool = True
+    is_decoder: bool = False
+    add_cross_attention: bool = False
     hf: str = dataclasses.field(default="{}", repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_decoder(self)
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
-        if hf.get("is_decoder") or hf.get("add_cross_attention"):
-            raise ValueError("config.json: is_decoder/add_cross_attention: BERT is loaded as an encoder only")
         absolute = hf.get("position_embedding_type") or "absolute"
         if absolute != "absolute":
             raise ValueError(f"config.json: position_embedding_type {absolute!r} is not supported, only 'absolute'")
-        return configs.from_hf(cls, hf, {})
+        config = configs.from_hf(cls, hf, {})
+        check_memory_width(hf, config)
+        return config
 
     def to_hf(self) -> dict[str, Any]:
-        return configs.to_hf(self, {}, "bert", skip=("pooler",))
+        return decoder_to_hf(configs.to_hf(self, {}, "bert", skip=("pooler", *DECODER)), self)
+
+
+DECODER = ("is_decoder", "add_cross_attention")
+
+
+def check_decoder(config: Any) -> None:
+    """Cross-attention is a decoder's."""
+    if config.add_cross_attention and not config.is_decoder:
+        raise ValueError("config.json: add_cross_attention is for decoders; is_decoder must be true too")
+
+
+def check_memory_width(hf: Mapping[str, Any], config: Any) -> None:
+    """Cross-attention reads a memory as wide as the model."""
+    width = hf.get("cross_attention_hidden_size")
+    if width not in (None, config.hidden_size):
+        raise ValueError(
+            f"config.json: cross_attention_hidden_size {width!r} is not supported, only the hidden_size, "
+            f"{config.hidden_size}"
+        )
+
+
+def decoder_to_hf(hf: dict[str, Any], config: Any) -> dict[str, Any]:
+    """``hf`` with what says that ``config`` is a decoder's; an encoder's file says nothing unless it did before."""
+    return hf | {name: getattr(config, name) for name in DECODER if getattr(config, name) or name in hf}
 
 
 class Bert(nnx.Module):
     """``embeddings`` → ``layers`` → ``pooler`` and ``head``.
 
-    Heads: masked_lm, sequence_ and token_classification, question_answering.
+    Heads: masked_lm, causal_lm (of a decoder), sequence_ and token_classification, question_answering.
     """
 
     def __init__(self, config: Config, *, head: str | None = None, rngs: nnx.Rngs):
@@ -73,7 +105,8 @@ class Bert(nnx.Module):
         with_pooler = head == "sequence_classification" or (head is None and c.pooler)
         self.pooler = nn.Linear(c.hidden_size, c.hidden_size, std=std, rngs=rngs) if with_pooler else None
         self.head = nnx.data(None)
-        if head == "masked_lm":
+        check_head(config, head)
+        if head in ("masked_lm", "causal_lm"):
             self.head = nn.MaskedLMHead(
                 c.hidden_size,
                 c.vocab_size,
@@ -89,6 +122,10 @@ class Bert(nnx.Module):
         elif head == "question_answering":
             self.head = nn.span_head(c.hidden_size, std=std, rngs=rngs)
 
+    def empty_cache(self, batch: int, slots: int, memory: nn.Memory | None = None) -> nn.Cache:
+        """A decoder's cache for ``batch`` sequences of up to ``slots`` tokens, with ``memory`` where there is one."""
+        return nn.empty_cache(self, batch, slots, memory)
+
     def __call__(
         self,
         input_ids: Int[Array, "batch length"] | None = None,
@@ -97,34 +134,80 @@ class Bert(nnx.Module):
         position_ids: Int[Array, "#batch length"] | None = None,
         *,
         inputs_embeds: jax.Array | None = None,
+        memory: nn.Memory | None = None,
+        cache: nn.Cache | None = None,
+        logits_to_keep: int = 0,
         rngs: jax.Array | None = None,
     ) -> nn.Output:
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        nn.check_length(length, self.config.max_position_embeddings)
+        """``memory``, ``cache`` and ``logits_to_keep`` are for decoders."""
+        batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        nn.check_length(length, self.config.max_position_embeddings, cache if position_ids is None else None)
         embed_key, layers_key, head_key = nn.split(rngs, 3)
+        context, slots, cache = surroundings(self.config, batch, length, attention_mask, memory, cache)
         x = self.embeddings(
             input_ids,
-            position_ids=jnp.arange(length)[None] if position_ids is None else position_ids,
+            position_ids=slots if position_ids is None else position_ids,
             token_type_ids=token_type_ids,
             inputs_embeds=inputs_embeds,
             key=embed_key,
         )
-        h, _ = self.layers(x, mask=nn.Mask(valid=attention_mask), key=layers_key)
-        pooled = None if self.pooler is None else jnp.tanh(self.pooler(h[:, 0]))
-        return nn.encoder_output(self, h, attention_mask, pooled, head_key)
+        h, layers = self.layers(x, cache=None if cache is None else cache.layers, key=layers_key, **context)
+        cache = nn.advance(cache, layers, length)
+        return output(self, h, attention_mask, cache, logits_to_keep, head_key)
+
+
+def check_head(config: Any, head: str | None) -> None:
+    """Only a decoder predicts the next token."""
+    if head == "causal_lm" and not config.is_decoder:
+        raise ValueError("head: causal_lm is a decoder's; config.json (or a config override) must say is_decoder")
+
+
+def surroundings(
+    config: Any,
+    batch: int,
+    length: int,
+    attention_mask: Int[Array, "batch length"] | None,
+    memory: nn.Memory | None,
+    cache: nn.Cache | None,
+) -> tuple[dict[str, Any], Int[Array, "1 length"], nn.Cache | None]:
+    """``(what the layers take, slots of the tokens, cache)`` of an encoder, or of a decoder as ``config`` says."""
+    if memory is not None and not config.add_cross_attention:
+        raise ValueError(nn.NO_CROSS_ATTENTION)
+    if not config.is_decoder:
+        if cache is not None:
+            raise ValueError("cache: for decoders; this model's config.json does not say is_decoder")
+        return {"mask": nn.Mask(valid=attention_mask)}, jnp.arange(length)[None], None
+    mask, slots, cache = nn.causal_mask(batch, length, attention_mask, cache)
+    return {"mask": mask, **nn.memory_context(memory, cache)}, slots, cache
+
+
+def output(
+    model: Any,
+    h: Float[Array, "batch length width"],
+    attention_mask: Int[Array, "batch length"] | None,
+    cache: nn.Cache | None,
+    logits_to_keep: int,
+    key: jax.Array | None,
+) -> nn.Output:
+    """Run the pooler and the head of a BERT or a RoBERTa."""
+    if model.head_name == "causal_lm":
+        return nn.Output(h, logits=model.head(h[:, -logits_to_keep:], model.embeddings.token), cache=cache)
+    pooled = None if model.pooler is None else jnp.tanh(model.pooler(h[:, 0]))
+    return dataclasses.replace(nn.encoder_output(model, h, attention_mask, pooled, key), cache=cache)
 
 
 def encoder_block(c: Any, rngs: nnx.Rngs) -> nn.Block:
-    """A post-norm encoder block, shared by BERT's descendants."""
+    """A post-norm encoder block, shared by BERT's descendants; with cross-attention where the config adds it."""
     width, std = c.hidden_size, c.initializer_range
-    return nn.Block(
-        nn.Attention(width, c.num_attention_heads, rate=c.attention_probs_dropout_prob, std=std, rngs=rngs),
-        nn.MLP(width, c.intermediate_size, act=c.hidden_act, std=std, rngs=rngs),
-        nn.LayerNorm(width, eps=c.layer_norm_eps),
-        nn.LayerNorm(width, eps=c.layer_norm_eps),
-        prenorm=False,
-        rate=c.hidden_dropout_prob,
+    attention = lambda: nn.Attention(
+        width, c.num_attention_heads, rate=c.attention_probs_dropout_prob, std=std, rngs=rngs
     )
+    norm = lambda: nn.LayerNorm(width, eps=c.layer_norm_eps)
+    own, mlp = attention(), nn.MLP(width, c.intermediate_size, act=c.hidden_act, std=std, rngs=rngs)
+    cross = {}
+    if getattr(c, "add_cross_attention", False):
+        cross = {"cross_attention": attention(), "cross_attention_norm": norm()}
+    return nn.Block(own, mlp, norm(), norm(), prenorm=False, rate=c.hidden_dropout_prob, **cross)
 
 
 Model = Bert
@@ -139,21 +222,25 @@ KEYS = {
     "layers.{}.attention.value": "encoder.layer.{}.attention.self.value",
     "layers.{}.attention.out": "encoder.layer.{}.attention.output.dense",
     "layers.{}.attention_norm": "encoder.layer.{}.attention.output.LayerNorm",
+    "layers.{}.cross_attention.query": "encoder.layer.{}.crossattention.self.query",
+    "layers.{}.cross_attention.key": "encoder.layer.{}.crossattention.self.key",
+    "layers.{}.cross_attention.value": "encoder.layer.{}.crossattention.self.value",
+    "layers.{}.cross_attention.out": "encoder.layer.{}.crossattention.output.dense",
+    "layers.{}.cross_attention_norm": "encoder.layer.{}.crossattention.output.LayerNorm",
     "layers.{}.mlp.up": "encoder.layer.{}.intermediate.dense",
     "layers.{}.mlp.down": "encoder.layer.{}.output.dense",
     "layers.{}.mlp_norm": "encoder.layer.{}.output.LayerNorm",
     "pooler": "pooler.dense",
 }
+LM_HEAD = {
+    "head.dense": "cls.predictions.transform.dense",
+    "head.norm": "cls.predictions.transform.LayerNorm",
+    "head.decoder": "cls.predictions.decoder",
+    "head.bias": "cls.predictions.bias",
+}
 HEADS = {
-    "masked_lm": (
-        "BertForMaskedLM",
-        {
-            "head.dense": "cls.predictions.transform.dense",
-            "head.norm": "cls.predictions.transform.LayerNorm",
-            "head.decoder": "cls.predictions.decoder",
-            "head.bias": "cls.predictions.bias",
-        },
-    ),
+    "masked_lm": ("BertForMaskedLM", LM_HEAD),
+    "causal_lm": ("BertLMHeadModel", LM_HEAD),
     "sequence_classification": ("BertForSequenceClassification", {"head.classifier": "classifier"}),
     "token_classification": ("BertForTokenClassification", {"head.classifier": "classifier"}),
     "question_answering": ("BertForQuestionAnswering", {"head.classifier": "qa_outputs"}),

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxformers import nn
 from jaxformers.models import clip_text, clip_vision
 from jaxformers.models import config as configs
-from jaxformers.models.keymap import nested
+from jaxformers.models.keymap import nested, nested_ignored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,4 +125,4 @@ KEYS = {
 HEADS = {"image_classification": ("CLIPForImageClassification", {"head.classifier": "classifier"})}
 BASE_CLASS = "CLIPModel"
 OPTIONAL = ("text", "vision_projection", "text_projection", "logit_scale")
-IGNORED = (r"(vision|text)_model\.embeddings\.position_ids",)
+IGNORED = (*nested_ignored(clip_vision, None, "vision_model"), *nested_ignored(clip_text, None, "text_model"))

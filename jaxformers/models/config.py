@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from jaxformers.safetensors_file import show
@@ -85,6 +85,13 @@ def section(hf: Mapping[str, Any], name: str) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(f"config.json: {name} must hold the settings of a model, got {show(value)}")
     return dict(value or {})
+
+
+def without_pooler(config: C, tensors: Iterable[str], name: str) -> C:
+    """A part's ``config`` without the pooler that a checkpoint with ``tensors`` does not have under ``name``."""
+    if getattr(config, "pooler", False) and not any(name in tensor for tensor in tensors):
+        return dataclasses.replace(config, pooler=False)
+    return config
 
 
 def depth(config: Any) -> int:

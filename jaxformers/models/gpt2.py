@@ -49,6 +49,7 @@ class Config:
     layer_norm_eps: float = 1e-5
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
+    add_cross_attention: bool = False
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
     num_labels: int = 2
@@ -56,12 +57,12 @@ class Config:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
-        if hf.get("add_cross_attention"):
-            raise ValueError("config.json: add_cross_attention: GPT-2 is loaded as a decoder of its own only")
         return configs.from_hf(cls, hf, NAMES)
 
     def to_hf(self) -> dict[str, Any]:
         return configs.to_hf(self, NAMES, "gpt2")
+
+    is_decoder = True
 
 
 class GPT2(nnx.Module):
@@ -94,7 +95,7 @@ class GPT2(nnx.Module):
     def _block(c: Config, layer: int, rngs: nnx.Rngs) -> nn.Block:
         size = c.hidden_size // c.num_attention_heads
         scale = size**-0.5 if c.scale_attn_weights else 1.0
-        attention = nn.Attention(
+        attention = lambda: nn.Attention(
             c.hidden_size,
             c.num_attention_heads,
             scale=scale / (layer + 1) if c.scale_attn_by_inverse_layer_idx else scale,
@@ -102,14 +103,16 @@ class GPT2(nnx.Module):
             std=c.initializer_range,
             rngs=rngs,
         )
+        norm = lambda: nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         hidden = c.intermediate_size or 4 * c.hidden_size
+        own = attention()
         mlp = nn.MLP(c.hidden_size, hidden, act=c.hidden_act, std=c.initializer_range, rngs=rngs)
-        norms = (nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps) for _ in range(2))
-        return nn.Block(attention, mlp, *norms, prenorm=True, rate=c.hidden_dropout_prob)
+        cross = {"cross_attention": attention(), "cross_attention_norm": norm()} if c.add_cross_attention else {}
+        return nn.Block(own, mlp, norm(), norm(), prenorm=True, rate=c.hidden_dropout_prob, **cross)
 
-    def empty_cache(self, batch: int, slots: int) -> nn.Cache:
-        """A cache for ``batch`` sequences of up to ``slots`` tokens, in the embeddings' dtype."""
-        return nn.empty_cache(self, batch, slots)
+    def empty_cache(self, batch: int, slots: int, memory: nn.Memory | None = None) -> nn.Cache:
+        """A cache for ``batch`` sequences of up to ``slots`` tokens, with ``memory`` where there is one."""
+        return nn.empty_cache(self, batch, slots, memory)
 
     def __call__(
         self,
@@ -118,12 +121,18 @@ class GPT2(nnx.Module):
         position_ids: Int[Array, "#batch length"] | None = None,
         *,
         inputs_embeds: jax.Array | None = None,
+        memory: nn.Memory | None = None,
         cache: nn.Cache | None = None,
         logits_to_keep: int = 0,
         rngs: jax.Array | None = None,
     ) -> nn.Output:
-        """Without ``position_ids`` the positions are the slots, as in Hugging Face, also when padded on the left."""
-        return nn.decode(self, input_ids, attention_mask, position_ids, inputs_embeds, cache, logits_to_keep, rngs)
+        """Without ``position_ids`` the positions are the slots, as in Hugging Face, also when padded on the left.
+
+        ``memory`` is what cross-attention attends to, where the config adds it.
+        """
+        return nn.decode(
+            self, input_ids, attention_mask, position_ids, inputs_embeds, cache, logits_to_keep, rngs, memory
+        )
 
 
 Model = GPT2
@@ -136,6 +145,11 @@ KEYS = {
     "layers.{}.attention.value": HF("h.{}.attn.c_attn", conv1d=True, part=(2, 3)),
     "layers.{}.attention.out": HF("h.{}.attn.c_proj", conv1d=True),
     "layers.{}.attention_norm": "h.{}.ln_1",
+    "layers.{}.cross_attention.query": HF("h.{}.crossattention.q_attn", conv1d=True),
+    "layers.{}.cross_attention.key": HF("h.{}.crossattention.c_attn", conv1d=True, part=(0, 2)),
+    "layers.{}.cross_attention.value": HF("h.{}.crossattention.c_attn", conv1d=True, part=(1, 2)),
+    "layers.{}.cross_attention.out": HF("h.{}.crossattention.c_proj", conv1d=True),
+    "layers.{}.cross_attention_norm": "h.{}.ln_cross_attn",
     "layers.{}.mlp.up": HF("h.{}.mlp.c_fc", conv1d=True),
     "layers.{}.mlp.down": HF("h.{}.mlp.c_proj", conv1d=True),
     "layers.{}.mlp_norm": "h.{}.ln_2",
@@ -147,4 +161,4 @@ HEADS = {
     "token_classification": ("GPT2ForTokenClassification", {"head.classifier": "classifier"}),
 }
 BASE_CLASS = "GPT2Model"
-IGNORED = (r"h\.\d+\.attn\.(bias|masked_bias)",)  # the causal mask, stored by old versions
+IGNORED = (r"h\.\d+\.(attn|crossattention)\.(bias|masked_bias)",)  # the causal mask, stored by old versions

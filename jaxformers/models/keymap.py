@@ -77,6 +77,16 @@ def nested(keys: Keys, own: str, theirs: str) -> dict[str, HF]:
     return table
 
 
+def nested_ignored(arch: Any, config: Any, theirs: str) -> tuple[str, ...]:
+    """What a model that is a part of another one ignores, as patterns of the names under ``theirs``."""
+    return tuple(f"{re.escape(theirs)}\\.(?:{pattern})" for pattern in ignored(arch, config))
+
+
+def ignored(arch: Any, config: Any) -> tuple[str, ...]:
+    """Patterns of the tensors that carry no weights of a model with ``config``."""
+    return (*arch.IGNORED, *(arch.ignored(config) if hasattr(arch, "ignored") else ()))
+
+
 @dataclasses.dataclass(frozen=True)  # equal tables compare equal
 class _RowsOf:
     own: str

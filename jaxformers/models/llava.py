@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxformers import models, nn, sites
 from jaxformers.models import clip_vision, llama
 from jaxformers.models import config as configs
-from jaxformers.models.keymap import HF, body_keys, nested
+from jaxformers.models.keymap import HF, body_keys, nested, nested_ignored
 
 TOWER = clip_vision.Config(
     hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, projection_dim=768,
@@ -65,9 +65,10 @@ class Config:
             section = configs.section(hf, f"{name}_config")
             if section:
                 arch = models.architecture(section.get("model_type") or kind)
-                if name == "text" and not hasattr(arch.Model, "empty_cache"):
-                    raise ValueError(f"config.json: text_config: {arch.Model.__name__} is no decoder")
                 parts[name] = arch.Config.from_hf(section)
+                decodes = hasattr(arch.Model, "empty_cache") and getattr(parts[name], "is_decoder", True)
+                if name == "text" and not decodes:
+                    raise ValueError(f"config.json: text_config: this {arch.Model.__name__} is no decoder")
         layer = hf.get("vision_feature_layer", -2)
         layer = tuple(layer) if isinstance(layer, list) else layer
         # writers of today say in text_config alone that the output is tied to the token embeddings
@@ -243,12 +244,24 @@ def keys(config: Config) -> dict[str, HF]:
     return {**nested(vision, "vision", "vision_tower"), **nested(text, "text", "language_model.model")}
 
 
+def ignored(config: Config) -> tuple[str, ...]:
+    """What tower and decoder ignore."""
+    vision, text = (models.module_of(part) for part in (config.vision, config.text))
+    names = (vision, config.vision, "vision_tower"), (text, config.text, "language_model.model")
+    return tuple(pattern for part in names for pattern in nested_ignored(*part))
+
+
+def settle(config: Config, tensors: Mapping[str, Any]) -> Config:
+    """The config with what only the checkpoint's ``tensors`` tell: whether the tower has a pooler."""
+    return dataclasses.replace(config, vision=configs.without_pooler(config.vision, tensors, "vision_tower.pooler."))
+
+
 Model = Llava
 PREFIX = ""
 KEYS = {"projector.up": "multi_modal_projector.linear_1", "projector.down": "multi_modal_projector.linear_2"}
 HEADS = {"causal_lm": ("LlavaForConditionalGeneration", {"head.decoder": "language_model.lm_head"})}
 BASE_CLASS = "LlavaModel"
-IGNORED = (r".*\.position_ids", r".*\.rotary_emb\.inv_freq")
+IGNORED = ()
 RENAMED = (
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.(?=(vision_tower|multi_modal_projector|language_model)\.)", ""),

@@ -17,6 +17,7 @@ from jaxformers.models.keymap import (
     all_keys,
     body_keys,
     expected,
+    ignored,
     lookup,
     own_name,
     tensor_name,
@@ -264,15 +265,17 @@ def _unmapped(names: Names, model: nnx.Module, arch: Any, skip: Callable[[str], 
     biases that GPTQ writers add."""
     heads = {f"{head} {path}": entry for head, (_, table) in arch.HEADS.items() for path, entry in table.items()}
     optional = {part: arch.KEYS.get(part, part) for part in ("pooler", "contact_head")}
-    absent = [part for part in getattr(arch, "OPTIONAL", ()) if getattr(model, part, None) is None]
+    ours = paths.flatten(nnx.to_pure_dict(nnx.state(model)))
+    within = lambda path, part: path == part or path.startswith(f"{part}.")
+    absent = [part for part in getattr(arch, "OPTIONAL", ()) if not any(within(path, part) for path in ours)]
     for path, entry in body_keys(arch, model.config).items():
-        if path.partition(".")[0] in absent:
+        if any(within(path, part) for part in absent):
             optional[path] = entry
     other = expected({**heads, **optional}, names.in_file)
-    ignored = (*arch.IGNORED, *(arch.ignored(names.config) if hasattr(arch, "ignored") else ()))
+    buffers = ignored(arch, names.config)
     left = []
     for plain, name in names.in_file.items():
-        if name in names.used or plain in other or skip(name) or any(re.fullmatch(p, plain) for p in ignored):
+        if name in names.used or plain in other or skip(name) or any(re.fullmatch(p, plain) for p in buffers):
             continue
         module, _, suffix = plain.rpartition(".")
         if suffix == "bias" and f"{module}.qweight" in names.in_file and not np.any(names.checkpoint[name].read()):

@@ -6,18 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
 from jaxformers import nn
+from jaxformers.models import bert
 from jaxformers.models import config as configs
-from jaxformers.models.bert import encoder_block
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes and rates of a RoBERTa. Positions start at ``pad_token_id + 1``: 514 rows serve 512 tokens."""
+    """Sizes and rates of a RoBERTa. Positions start at ``pad_token_id + 1``: 514 rows serve 512 tokens.
+
+    ``is_decoder``: tokens see only those before them; ``add_cross_attention``: and the memory of an encoder.
+    """
 
     vocab_size: int = 50265
     hidden_size: int = 768
@@ -36,7 +38,16 @@ class Config:
     tie_word_embeddings: bool = True
     num_labels: int = 2
     pooler: bool = True
+    is_decoder: bool = False
+    add_cross_attention: bool = False
     hf: str = dataclasses.field(default="{}", repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        bert.check_decoder(self)
+
+    @property
+    def first_position(self) -> int:
+        return self.pad_token_id + 1
 
     @property
     def max_length(self) -> int:
@@ -45,22 +56,22 @@ class Config:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
-        if hf.get("is_decoder") or hf.get("add_cross_attention"):
-            raise ValueError("config.json: is_decoder/add_cross_attention: RoBERTa is loaded as an encoder only")
         absolute = hf.get("position_embedding_type") or "absolute"
         if absolute != "absolute":
             raise ValueError(f"config.json: position_embedding_type {absolute!r} is not supported, only 'absolute'")
-        return configs.from_hf(cls, hf, {})
+        config = configs.from_hf(cls, hf, {})
+        bert.check_memory_width(hf, config)
+        return config
 
     def to_hf(self) -> dict[str, Any]:
         model_type = json.loads(self.hf).get("model_type", "roberta")  # or xlm-roberta, camembert
-        return configs.to_hf(self, {}, model_type, skip=("pooler",))
+        return bert.decoder_to_hf(configs.to_hf(self, {}, model_type, skip=("pooler", *bert.DECODER)), self)
 
 
 class Roberta(nnx.Module):
     """``embeddings`` → ``layers`` → ``pooler`` or ``head``.
 
-    Heads: masked_lm, sequence_ and token_classification, question_answering.
+    Heads: masked_lm, causal_lm (of a decoder), sequence_ and token_classification, question_answering.
     """
 
     def __init__(self, config: Config, *, head: str | None = None, rngs: nnx.Rngs):
@@ -77,11 +88,12 @@ class Roberta(nnx.Module):
             std=std,
             rngs=rngs,
         )
-        self.layers = nn.Layers([encoder_block(c, rngs) for _ in range(c.num_hidden_layers)])
+        self.layers = nn.Layers([bert.encoder_block(c, rngs) for _ in range(c.num_hidden_layers)])
         with_pooler = head is None and c.pooler
         self.pooler = nn.Linear(c.hidden_size, c.hidden_size, std=std, rngs=rngs) if with_pooler else None
         self.head = nnx.data(None)
-        if head == "masked_lm":
+        bert.check_head(config, head)
+        if head in ("masked_lm", "causal_lm"):
             self.head = nn.MaskedLMHead(
                 c.hidden_size,
                 c.vocab_size,
@@ -100,6 +112,10 @@ class Roberta(nnx.Module):
         elif head == "question_answering":
             self.head = nn.span_head(c.hidden_size, std=std, rngs=rngs)
 
+    def empty_cache(self, batch: int, slots: int, memory: nn.Memory | None = None) -> nn.Cache:
+        """A decoder's cache for ``batch`` sequences of up to ``slots`` tokens, with ``memory`` where there is one."""
+        return nn.empty_cache(self, batch, slots, memory)
+
     def __call__(
         self,
         input_ids: Int[Array, "batch length"] | None = None,
@@ -108,16 +124,25 @@ class Roberta(nnx.Module):
         position_ids: Int[Array, "#batch length"] | None = None,
         *,
         inputs_embeds: jax.Array | None = None,
+        memory: nn.Memory | None = None,
+        cache: nn.Cache | None = None,
+        logits_to_keep: int = 0,
         rngs: jax.Array | None = None,
     ) -> nn.Output:
-        """Positions come from the ids that are not padding, whatever ``attention_mask`` says, as in Hugging Face."""
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        first = self.config.pad_token_id + 1
-        nn.check_length(length, self.config.max_length)
+        """Positions come from the ids that are not padding, whatever ``attention_mask`` says, as in Hugging Face.
+
+        ``memory``, ``cache`` and ``logits_to_keep`` are for decoders. Tokens in a cache count as real, padding too:
+        where they are padded on the left give ``position_ids``, the first of them ``config.first_position``.
+        """
+        batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        first = self.config.first_position
+        nn.check_length(length, self.config.max_length, cache if position_ids is None else None)
         embed_key, layers_key, head_key = nn.split(rngs, 3)
+        context, slots, cache = bert.surroundings(self.config, batch, length, attention_mask, memory, cache)
         if position_ids is None:
+            used = 0 if cache is None else cache.used
             by_ids = inputs_embeds is None
-            position_ids = nn.padded_positions(input_ids, first - 1) if by_ids else jnp.arange(length)[None] + first
+            position_ids = nn.padded_positions(input_ids, first - 1, used) if by_ids else slots + first
         x = self.embeddings(
             input_ids,
             position_ids=position_ids,
@@ -125,38 +150,23 @@ class Roberta(nnx.Module):
             inputs_embeds=inputs_embeds,
             key=embed_key,
         )
-        h, _ = self.layers(x, mask=nn.Mask(valid=attention_mask), key=layers_key)
-        pooled = None if self.pooler is None else jnp.tanh(self.pooler(h[:, 0]))
-        return nn.encoder_output(self, h, attention_mask, pooled, head_key)
+        h, layers = self.layers(x, cache=None if cache is None else cache.layers, key=layers_key, **context)
+        cache = nn.advance(cache, layers, length)
+        return bert.output(self, h, attention_mask, cache, logits_to_keep, head_key)
 
 
 Model = Roberta
 PREFIX = "roberta"
-KEYS = {
-    "embeddings.token": "embeddings.word_embeddings",
-    "embeddings.position": "embeddings.position_embeddings",
-    "embeddings.token_type": "embeddings.token_type_embeddings",
-    "embeddings.norm": "embeddings.LayerNorm",
-    "layers.{}.attention.query": "encoder.layer.{}.attention.self.query",
-    "layers.{}.attention.key": "encoder.layer.{}.attention.self.key",
-    "layers.{}.attention.value": "encoder.layer.{}.attention.self.value",
-    "layers.{}.attention.out": "encoder.layer.{}.attention.output.dense",
-    "layers.{}.attention_norm": "encoder.layer.{}.attention.output.LayerNorm",
-    "layers.{}.mlp.up": "encoder.layer.{}.intermediate.dense",
-    "layers.{}.mlp.down": "encoder.layer.{}.output.dense",
-    "layers.{}.mlp_norm": "encoder.layer.{}.output.LayerNorm",
-    "pooler": "pooler.dense",
+KEYS = bert.KEYS
+LM_HEAD = {
+    "head.dense": "lm_head.dense",
+    "head.norm": "lm_head.layer_norm",
+    "head.decoder": "lm_head.decoder",
+    "head.bias": "lm_head.bias",
 }
 HEADS = {
-    "masked_lm": (
-        "RobertaForMaskedLM",
-        {
-            "head.dense": "lm_head.dense",
-            "head.norm": "lm_head.layer_norm",
-            "head.decoder": "lm_head.decoder",
-            "head.bias": "lm_head.bias",
-        },
-    ),
+    "masked_lm": ("RobertaForMaskedLM", LM_HEAD),
+    "causal_lm": ("RobertaForCausalLM", LM_HEAD),
     "sequence_classification": (
         "RobertaForSequenceClassification",
         {"head.dense": "classifier.dense", "head.classifier": "classifier.out_proj"},

@@ -5,7 +5,7 @@ from jaxformers.nn.attention import Attention, Mask, attend, causal_mask
 from jaxformers.nn.block import Block, Layers, drop_path
 from jaxformers.nn.cache import Cache, KeyValue, Latent, WithMemory, advance, new_cache
 from jaxformers.nn.conv import Conv
-from jaxformers.nn.decoder import decode, empty_cache
+from jaxformers.nn.decoder import NO_CROSS_ATTENTION, decode, empty_cache
 from jaxformers.nn.dropout import dropout, split
 from jaxformers.nn.embeddings import Embeddings, check_length, padded_positions
 from jaxformers.nn.experts import ExpertLinear, Experts, MoE, balance_loss, check_routing, route
@@ -42,6 +42,7 @@ from jaxformers.nn.windows import PatchMerging, WindowAttention
 
 __all__ = [
     "POOLS", "GraphBlock", "followed", "graph_pool",
+    "NO_CROSS_ATTENTION",
     "ExpertLinear", "Experts", "Latent", "LatentAttention", "MoE", "balance_loss", "check_routing", "route",
     "Memory", "WithMemory", "memory_cache", "memory_context", "shift_right",
     "BatchNorm", "GridBias", "ImageEmbeddings", "PatchMerging", "Stages", "WindowAttention", "drop_path_rates",

@@ -12,6 +12,9 @@ from jaxformers.nn.embeddings import check_length
 from jaxformers.nn.heads import decoder_output
 from jaxformers.nn.output import Output
 from jaxformers.nn.positions import rotary_table
+from jaxformers.nn.seq2seq import Memory, memory_cache, memory_context
+
+NO_CROSS_ATTENTION = "memory: this decoder has no cross-attention; its config.json must say add_cross_attention"
 
 
 def decode(
@@ -23,8 +26,9 @@ def decode(
     cache: Cache | None,
     logits_to_keep: int,
     rngs: jax.Array | None,
+    memory: Memory | None = None,
 ) -> Output:
-    """Run ``embeddings`` → ``layers`` → ``final_norm`` → ``head`` of a decoder.
+    """Run ``embeddings`` → ``layers`` → ``final_norm`` → ``head`` of a decoder, with the ``memory`` it may attend to.
 
     Positions are looked up where ``embeddings`` has a table of them, and rotated where ``config.rope`` says how.
     Without ``position_ids`` they are the slots, as in Hugging Face, also when padded on the left.
@@ -33,6 +37,10 @@ def decode(
     embed_key, layers_key, head_key = split(rngs, 3)
     mask, slots, cache = causal_mask(batch, length, attention_mask, cache)
     positions, context = slots if position_ids is None else position_ids, {}
+    if getattr(model.config, "add_cross_attention", False):
+        context |= memory_context(memory, cache)
+    elif memory is not None:
+        raise ValueError(NO_CROSS_ATTENTION)
     if model.embeddings.position is not None:
         check_length(length, model.config.max_position_embeddings, cache if position_ids is None else None)
     rope = getattr(model.config, "rope", None)
@@ -51,7 +59,12 @@ def decode(
     return decoder_output(model, h, input_ids, attention_mask, cache, logits_to_keep, head_key)
 
 
-def empty_cache(model: Any, batch: int, slots: int) -> Cache:
-    """A cache for ``batch`` sequences of up to ``slots`` tokens, in the embeddings' dtype."""
+def empty_cache(model: Any, batch: int, slots: int, memory: Memory | None = None) -> Cache:
+    """A cache for ``batch`` sequences of up to ``slots`` tokens, in the embeddings' dtype; with the keys and values of
+    ``memory`` in it, where a decoder with cross-attention has one."""
     dtype = model.embeddings.token.embedding.get_value().dtype
-    return new_cache(model.layers.empty_cache(batch, slots, dtype), batch, slots)
+    if memory is None:
+        return new_cache(model.layers.empty_cache(batch, slots, dtype), batch, slots)
+    if not model.config.add_cross_attention:
+        raise ValueError(NO_CROSS_ATTENTION)
+    return memory_cache(model.layers, memory, batch, slots, dtype)

@@ -16,7 +16,7 @@ class Embeddings(nnx.Module):
     """Sum of the tables ``token``, ``position`` and ``token_type`` (each but the first optional), then ``norm``.
 
     Where ``token_width`` differs from ``width`` the token rows pass through ``project`` first (OPT-350M); where
-    ``out_width`` does, the result passes through ``widen`` (ELECTRA).
+    ``out_width`` does, the result passes through ``widen`` (ELECTRA). ``scale``: a factor of the token rows (BART).
 
     Site ``embeddings``: the result (B, L, D).
     """
@@ -30,13 +30,14 @@ class Embeddings(nnx.Module):
         token_types: int = 0,
         token_width: int | None = None,
         out_width: int | None = None,
+        scale: float = 1.0,
         eps: float | None = None,
         rate: float = 0.0,
         std: float = 0.02,
         rngs: nnx.Rngs,
     ):
         self.path = ""
-        self.rate = rate
+        self.rate, self.scale = rate, scale
         narrow = width if token_width is None else token_width
         self.token = Embed(vocab, narrow, std=std, rngs=rngs)
         self.project = None if narrow == width else Linear(narrow, width, bias=False, std=std, rngs=rngs)
@@ -57,6 +58,8 @@ class Embeddings(nnx.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: give exactly one of the two")
         x = self.token(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is None and self.scale != 1.0:
+            x = x * self.scale
         if self.project is not None:
             x = self.project(x)
         if self.token_type is not None:
@@ -82,7 +85,12 @@ def check_length(length: int, positions: int, cache: Cache | None = None) -> Non
         raise ValueError(f"input_ids: length {length}{cached} exceeds this model's {positions} positions; truncate it")
 
 
-def padded_positions(input_ids: Int[Array, "batch length"], pad_id: int) -> Int[Array, "batch length"]:
-    """RoBERTa's positions: real tokens count from ``pad_id + 1``, padding stays at ``pad_id``."""
+def padded_positions(
+    input_ids: Int[Array, "batch length"], pad_id: int, used: Int[Array, ""] | int = 0
+) -> Int[Array, "batch length"]:
+    """RoBERTa's positions: real tokens count from ``pad_id + 1``, padding stays at ``pad_id``.
+
+    ``used``: how many tokens a cache holds already, all of them counted as real.
+    """
     real = (input_ids != pad_id).astype(jnp.int32)
-    return jnp.cumsum(real, axis=1) * real + pad_id
+    return (jnp.cumsum(real, axis=1) + used) * real + pad_id

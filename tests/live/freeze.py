@@ -42,6 +42,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 # name: (class, settings of its config)
 VARIANTS = {
     "bert-base": ("BertModel", ENCODER),
+    "bert-decoder": ("BertLMHeadModel", {**ENCODER, "is_decoder": True}),
+    "roberta-decoder": ("RobertaForCausalLM", {**ROBERTA, "is_decoder": True, "tie_word_embeddings": False}),
     "bert-mlm-untied": ("BertForMaskedLM", {**ENCODER, "tie_word_embeddings": False}),
     "bert-tokens": ("BertForTokenClassification", {**ENCODER, **LABELS}),
     "roberta-base": ("RobertaModel", {**ROBERTA, "type_vocab_size": 2}),

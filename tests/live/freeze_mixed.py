@@ -30,6 +30,22 @@ FULL = {**LLAVA, "text_config": MISTRAL, "vision_feature_select_strategy": "full
         "multimodal_projector_bias": False, "projector_hidden_act": "relu"}  # fmt: skip
 VIT = {**LLAVA, "text_config": GPT2, "vision_config": {**SIZES, "image_size": 12, "patch_size": 4, "model_type": "vit"}}
 
+IMAGE = {**SIZES, "image_size": 12, "patch_size": 4}
+DECODER = {**SIZES, "hidden_size": 12, "vocab_size": 40, "max_position_embeddings": 24, "is_decoder": True,
+           "add_cross_attention": True, "eos_token_id": None}  # fmt: skip
+STARTS = {"decoder_start_token_id": 5, "pad_token_id": 1, "eos_token_id": None}
+ROBERTA = {**STARTS, "encoder": {**IMAGE, "model_type": "vit"}, "decoder": {**DECODER, "model_type": "roberta",
+           "pad_token_id": 1, "tie_word_embeddings": False}}  # fmt: skip
+BEIT = {**STARTS, "encoder": {**IMAGE, "model_type": "beit", "hidden_size": 12, "use_relative_position_bias": True},
+        "decoder": {**DECODER, "model_type": "bert", "hidden_act": "relu"}}  # fmt: skip
+SINES = {**STARTS, "encoder": {**IMAGE, "model_type": "deit"}, "decoder": {"model_type": "trocr", "vocab_size": 40,
+         "d_model": 12, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 20, "pad_token_id": 1,
+         "cross_attention_hidden_size": 16, "scale_embedding": True, "use_learned_position_embeddings": False,
+         "layernorm_embedding": False, "activation_function": "relu", "tie_word_embeddings": False,
+         "eos_token_id": None}}  # fmt: skip
+CAPTION = {**STARTS, "encoder": {**IMAGE, "model_type": "vit"}, "decoder": {**GPT2, "add_cross_attention": True,
+           "tie_word_embeddings": True, "eos_token_id": None}}  # fmt: skip
+
 # name: (class, settings of its config, what its inputs are)
 VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "clip-legacy": ("CLIPModel", OLD_CLIP, "images texts"),
@@ -43,6 +59,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llava-gpt2": ("LlavaForConditionalGeneration", VIT, "chats"),
     "llava-base": ("LlavaModel", {**LLAVA, "text_config": MISTRAL}, "chats"),
     "llava-tied": ("LlavaForConditionalGeneration", {**LLAVA, "text_config": TIED}, "chats"),
+    "ved-roberta": ("VisionEncoderDecoderModel", ROBERTA, "captions"),
+    "ved-beit-bert": ("VisionEncoderDecoderModel", BEIT, "captions"),
+    "ved-trocr-sines": ("VisionEncoderDecoderModel", SINES, "captions"),
+    "ved-gpt2": ("VisionEncoderDecoderModel", CAPTION, "captions"),
 }
 
 
@@ -67,7 +87,7 @@ def build(name: str) -> Any:
 
 def batch(name: str) -> dict[str, np.ndarray]:
     """Images (2 of the config's size, or wider than high), texts (3: full, padded on the right, on the left), chats
-    (3 padded on the left, with two images, none and one)."""
+    (3 padded on the left, with two images, none and one), captions (3 images with texts, the last one padded)."""
     rng = np.random.default_rng(sum(name.encode()))
     kinds, found = VARIANTS[name][2].split(), {}
     if "images" in kinds or "wide" in kinds:
@@ -86,6 +106,12 @@ def batch(name: str) -> dict[str, np.ndarray]:
         mask[1, :8] = mask[2, :4] = 0
         pixels = rng.standard_normal((3, 3, 12, 12)).astype(np.float32)
         found = {"pixel_values": pixels, "input_ids": np.where(mask == 1, ids, 0), "attention_mask": mask}
+    if "captions" in kinds:
+        ids, mask = rng.integers(3, 40, (3, 7)), np.ones((3, 7), int)
+        mask[2, 4:] = 0
+        pixels = rng.standard_normal((3, 3, 12, 12)).astype(np.float32)
+        ids = np.where(mask == 1, ids, 1)
+        found = {"pixel_values": pixels, "decoder_input_ids": ids, "decoder_attention_mask": mask}
     return found
 
 
@@ -95,14 +121,17 @@ def run(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     options = {"interpolate_pos_encoding": True} if inputs.get("pixel_values", np.zeros(1)).shape[-1] == 20 else {}
     inputs = {k: torch.from_numpy(v) for k, v in inputs.items()}
+    start = getattr(model.config, "decoder_start_token_id", None)
+    ends = {"decoder_start_token_id": start} if start is not None else {}
     with torch.no_grad():
         out = model(**inputs, **options)
         found = flat({k: v for k, v in out.items() if k not in ("image_outputs", "cache", "past_key_values")})
         if getattr(out, "image_outputs", None) is not None:
             found["image_hidden_states"] = torch.stack(out.image_outputs.pooler_output).numpy()
         if model.can_generate():
-            ids = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0)
-            found["generated"] = ids[:, inputs["input_ids"].shape[1] :].numpy()
+            prompt = {name: array for name, array in inputs.items() if not name.startswith("decoder_")}
+            ids = model.generate(**prompt, max_new_tokens=6, do_sample=False, pad_token_id=0, **ends)
+            found["generated"] = ids[:, inputs["input_ids"].shape[1] if "input_ids" in inputs else 1 :].numpy()
     return found
 
 

@@ -193,7 +193,7 @@ def test_settings_that_cannot_be(folder):
         ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy must be one of default, full"),
         ({"vision_feature_layer": 5}, "vision_feature_layer: expected numbers from -4 to 3, got 5"),
         ({"vision_feature_layer": [-2, "a"]}, "vision_feature_layer"),
-        ({"text_config": {"model_type": "bert"}}, "text_config: Bert is no decoder"),
+        ({"text_config": {"model_type": "bert"}}, "text_config: this Bert is no decoder"),
         ({"text_config": {"model_type": "unheard"}}, "model_type 'unheard' is not known"),
     ):
         with pytest.raises(ValueError, match=message):

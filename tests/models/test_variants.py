@@ -8,18 +8,18 @@ import jaxformers as jf
 from jaxformers.models.distilbert import sinusoids
 
 NAMES = (
-    "deepseek-direct", "deepseek-sequence", "deepseek-tokens",
-    "bert-base", "bert-mlm-untied", "bert-tokens", "bigcode-mha", "bigcode-mqa", "bigcode-sequence", "bigcode-tokens",
-    "camembert-mlm", "deberta-new-mlm", "deberta-sequence", "deberta-tokens", "deberta-unshared", "deberta-v2-conv",
-    "deberta-v3-mlm", "distilbert-mlm", "distilbert-mlm-untied", "distilbert-tokens", "electra-mlm-untied",
-    "electra-sequence", "electra-tokens", "esm-absolute", "esm-sequence", "esm-tokens", "glm-sequence", "glm-tied",
-    "gpt2-inverse", "gpt2-sequence", "gpt2-tokens", "gpt2-unscaled", "gptj-sequence", "llama-biased",
-    "llama-sequence", "llama-tokens", "llama-yarn", "mistral-open", "mistral-sequence", "mpnet-mlm", "mpnet-sequence",
-    "mpnet-tokens", "neo-sequence", "neo-tokens", "neo-wide", "neox-linear", "neox-sequence", "neox-serial",
-    "neox-tokens", "opt-bare", "opt-postnorm", "opt-sequence", "qwen2-sliding", "qwen2-tokens", "roberta-base",
-    "roberta-mlm-untied", "roberta-tokens", "bert-spans", "roberta-spans", "distilbert-spans", "mpnet-spans",
-    "electra-spans", "deberta-spans", "t5-encoder", "t5-body", "t5-sequence", "t5-tokens", "t5-spans", "mt5",
-    "mt5-encoder",
+    "bert-base", "bert-decoder", "bert-mlm-untied", "bert-spans", "bert-tokens", "bigcode-mha", "bigcode-mqa",
+    "bigcode-sequence", "bigcode-tokens", "camembert-mlm", "deberta-new-mlm", "deberta-sequence", "deberta-spans",
+    "deberta-tokens", "deberta-unshared", "deberta-v2-conv", "deberta-v3-mlm", "deepseek-direct", "deepseek-sequence",
+    "deepseek-tokens", "distilbert-mlm", "distilbert-mlm-untied", "distilbert-spans", "distilbert-tokens",
+    "electra-mlm-untied", "electra-sequence", "electra-spans", "electra-tokens", "esm-absolute", "esm-sequence",
+    "esm-tokens", "glm-sequence", "glm-tied", "gpt2-inverse", "gpt2-sequence", "gpt2-tokens", "gpt2-unscaled",
+    "gptj-sequence", "llama-biased", "llama-sequence", "llama-tokens", "llama-yarn", "mistral-open",
+    "mistral-sequence", "mpnet-mlm", "mpnet-sequence", "mpnet-spans", "mpnet-tokens", "mt5", "mt5-encoder",
+    "neo-sequence", "neo-tokens", "neo-wide", "neox-linear", "neox-sequence", "neox-serial", "neox-tokens",
+    "opt-bare", "opt-postnorm", "opt-sequence", "qwen2-sliding", "qwen2-tokens", "roberta-base", "roberta-decoder",
+    "roberta-mlm-untied", "roberta-spans", "roberta-tokens", "t5-body", "t5-encoder", "t5-sequence", "t5-spans",
+    "t5-tokens",
 )  # fmt: skip
 
 
