@@ -60,7 +60,10 @@ class Config:
         return configs.from_hf(cls, hf, NAMES)
 
     def to_hf(self) -> dict[str, Any]:
-        return configs.to_hf(self, NAMES, "gpt2")
+        hf = configs.to_hf(self, NAMES, "gpt2", skip=("add_cross_attention",))
+        if self.add_cross_attention or "add_cross_attention" in hf:
+            hf["add_cross_attention"] = self.add_cross_attention
+        return hf
 
     is_decoder = True
 
