@@ -19,7 +19,7 @@ _VERBS = {
     "load": "hub", "save": "hub", "init": "hub", "Output": "nn.output",
     "reap": "sites", "edit": "sites", "site": "sites",
     "load_tokenizer": "data.tokenizers", "generate": "generation", "embed": "embedding",
-    "load_feature_extractor": "data.features",
+    "load_feature_extractor": "data.features", "load_image_processor": "data.images",
     "fit": "train", "TrainConfig": "train",
 }  # fmt: skip
 _PACKAGES = (

@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-EXTRAS = ("demo", "data", "audio", "link", "plot", "tpu", "gpu", "docs", "test", "all", "oracle")
+EXTRAS = ("demo", "data", "audio", "link", "plot", "vision", "tpu", "gpu", "docs", "test", "all", "oracle")
 
 
 def require(module: str, extra: str) -> ModuleType:

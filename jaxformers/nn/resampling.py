@@ -39,7 +39,7 @@ def filter_matrix(old: int, new: int, kind: str) -> np.ndarray:
         center = (i + 0.5) * scale
         first, last = max(int(center - support + 0.5), 0), min(int(center + support + 0.5), old)
         w = weight((np.arange(first, last) - center + 0.5) / widened)
-        matrix[i, first:last] = w / w.sum()
+        matrix[i, first:last] = w / np.add.accumulate(w)[-1]  # summed from left to right, as they do
     return matrix
 
 
@@ -55,7 +55,8 @@ def _box(x: np.ndarray) -> np.ndarray:
 
 
 def _hamming(x: np.ndarray) -> np.ndarray:
-    return np.where(np.abs(x) >= 1, 0, np.sinc(x) * (0.54 + 0.46 * np.cos(np.pi * x)))
+    a, b = float(np.float32(0.54)), float(np.float32(0.46))  # Pillow's constants have single precision
+    return np.where(np.abs(x) >= 1, 0, np.sinc(x) * (a + b * np.cos(np.pi * x)))
 
 
 def _lanczos(x: np.ndarray) -> np.ndarray:
