@@ -217,7 +217,10 @@ def test_settings_compile_nothing(model):
     for temperature in (0.0, 0.3, 1, 2.5):
         for top_k in (None, 1, 40, 10**6):
             key = jax.random.key(top_k or 0)
-            jf.generate(model, [4] * 11, max_new_tokens=8, temperature=temperature, top_k=top_k, top_p=0.9, key=key)
+            jf.generate(
+                model, [4] * 11, max_new_tokens=8, temperature=temperature, top_k=top_k, top_p=0.9, key=key,
+                min_p=0.01 if top_k else None, repetition_penalty=1 + temperature, stop_sequences=[[1, 2]] * 3,
+            )  # fmt: skip
     jf.generate(model, [1], max_new_tokens=16, temperature=1.0, top_p=0.5, key=jax.random.key(1), eos_token_id=[1, 2])
     other = surgery.copy(model)
     nnx.update(other, jax.tree.map(lambda a: a * 1.1, nnx.state(other)))
@@ -243,6 +246,100 @@ def test_to_the_last_position(model):
         assert best[length - 1 : -1].tolist() == new
     with pytest.raises(ValueError, match="96 positions"):
         jf.generate(model, [1] * 80, max_new_tokens=17)
+
+
+def numpy_greedy(model, prompt, new, penalty):
+    """Greedy with a repetition penalty, by full passes and in numpy."""
+    apply, params = jf.functional(model)
+    apply, ids, padded = jax.jit(apply), list(prompt), np.zeros((1, 32), np.int32)
+    for _ in range(new):
+        padded[0, : len(ids)] = ids
+        logits = np.array(apply(params, {"input_ids": padded}).logits[0, len(ids) - 1])
+        seen = sorted(set(ids))
+        logits[seen] = np.where(logits[seen] < 0, logits[seen] * penalty, logits[seen] / penalty)
+        ids.append(int(logits.argmax()))
+    return ids[len(prompt) :]
+
+
+def test_repetition_penalty(model):
+    prompts = [[7, 200, 31], [5] * 9]
+    plain = jf.generate(model, prompts, max_new_tokens=12, eos_token_id=())
+    for penalty in (0.5, 1.5, 100.0):
+        found = jf.generate(model, prompts, max_new_tokens=12, eos_token_id=(), repetition_penalty=penalty)
+        assert found == [numpy_greedy(model, prompt, 12, penalty) for prompt in prompts]
+        assert found != plain
+    assert all(len(set(row)) == 12 and not set(row) & set(p) for row, p in zip(found, prompts, strict=True))
+    assert jf.generate(model, prompts, max_new_tokens=12, eos_token_id=(), repetition_penalty=1.0) == plain
+
+
+def test_min_p_against_numpy(model):
+    logits = (3 * np.random.default_rng(5).standard_normal((4, 50))).astype(np.float32)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    for min_p in (0.0, 0.05, 0.5, 1.0):
+        found = np.asarray(decoding.likely(logits, np.float32(min_p)))
+        np.testing.assert_array_equal(found, np.where(p >= min_p * p.max(-1, keepdims=True), logits, -np.inf))
+    draw = dict(max_new_tokens=9, eos_token_id=(), temperature=1.0, key=jax.random.key(3))
+    assert jf.generate(model, [1, 2], min_p=1.0, **draw) == jf.generate(
+        model, [1, 2], max_new_tokens=9, eos_token_id=()
+    )
+    assert jf.generate(model, [1, 2], min_p=0.0, **draw) == jf.generate(model, [1, 2], **draw)
+
+
+def cut_at(row, stops):
+    n = next((i for i in range(1, len(row) + 1) if any(row[:i][-len(s) :] == s for s in stops)), len(row))
+    return row[:n]
+
+
+def test_stop_sequences_of_tokens(model):
+    prompts = [[5], [6, 7], [8, 9, 10]]
+    free = jf.generate(model, prompts, max_new_tokens=12, eos_token_id=())
+    stops = [free[0][3:5], free[1][6:9], [299] * 9]
+    expected = [cut_at(row, stops) for row in free]
+    assert len(expected[0]) == 5 and len(expected[1]) == 9
+    assert jf.generate(model, prompts, max_new_tokens=12, eos_token_id=(), stop_sequences=stops) == expected
+    # the prompt's own tokens complete nothing
+    begun = [[prompts[0][-1], free[0][0]]]
+    assert jf.generate(model, prompts[0], max_new_tokens=3, eos_token_id=(), stop_sequences=begun) == free[0][:3]
+    ends = dict(max_new_tokens=12, eos_token_id=free[2][1])
+    assert jf.generate(model, prompts, **ends, stop_sequences=stops)[2] == free[2][:2]
+
+
+def test_stop_sequences_of_text(model, tokenizer):
+    texts = ["the quick brown", "a function"]
+    settings = dict(max_new_tokens=12, tokenizer=tokenizer, eos_token_id=())
+    free = jf.generate(model, texts, **settings)
+    stop = free[0][4:6]
+    found = jf.generate(model, texts, stop_sequences=[stop, "nowhere"], **settings)
+    assert found == [text[: text.index(stop)] if stop in text else text for text in free]
+    ids = [tokenizer.encode(text) for text in texts]
+    free_ids = jf.generate(model, ids, **settings)
+    stopped = jf.generate(model, ids, stop_sequences=stop, **settings)
+    assert stopped[0] == free_ids[0][: len(stopped[0])] and len(stopped[0]) < 12
+    assert stop in tokenizer.decode(stopped[0]) and stop not in tokenizer.decode(stopped[0][:-1])
+    of_tokens = jf.generate(model, texts, stop_sequences=[free_ids[0][2:4]], **settings)[0]
+    assert of_tokens == free[0][: len(tokenizer.decode(free_ids[0][:2]))]
+
+
+def test_stream_hands_out_each_step_in_order(model):
+    prompts = [[5], [6, 7], [8, 9, 10]]
+    end = jf.generate(model, prompts, max_new_tokens=12, eos_token_id=())[0][4]
+    settings = dict(max_new_tokens=12, eos_token_id=end)
+    expected = jf.generate(model, prompts, **settings)
+    compiled = fresh_counts()
+    calls = []
+    found = jf.generate(model, prompts, **settings, stream=lambda step, tokens: calls.append((step, tokens)))
+    assert found == expected
+    assert [step for step, _ in calls] == list(range(max(map(len, expected))))
+    rows = [[tokens[i] for _, tokens in calls if i in tokens] for i in range(3)]
+    assert rows == expected
+    assert compiled() == (1, 1)  # and without a stream the same two
+    assert jf.generate(model, prompts, **settings) == expected and compiled() == (1, 1)
+    calls.clear()
+    jf.generate(model, prompts, **settings, batch_size=1, stream=lambda step, tokens: calls.append((step, tokens)))
+    assert [[tokens[i] for _, tokens in calls if i in tokens] for i in range(3)] == expected
+    assert next(iter(calls[0][1])) == 2  # the longest first
+    drawn = dict(max_new_tokens=6, temperature=1.0, key=jax.random.key(0), eos_token_id=())
+    assert jf.generate(model, prompts, **drawn, stream=lambda *_: None) == jf.generate(model, prompts, **drawn)
 
 
 def test_packed_weights(model):
@@ -315,6 +412,15 @@ def test_errors(model, tokenizer):
         (dict(temperature=1.0, key=key, top_k=2.5), "top_k=2.5"),
         (dict(temperature=1.0, key=key, top_p=0.0), "top_p=0.0"),
         (dict(temperature=1.0, key=key, top_p=1.01), "top_p=1.01"),
+        (dict(temperature=1.0, key=key, min_p=1.5), "min_p=1.5"),
+        (dict(min_p=0.5), "temperature"),
+        (dict(repetition_penalty=0.0), "repetition_penalty=0.0"),
+        (dict(stop_sequences=[1, 2]), "stop_sequences: item 0 is 1"),
+        (dict(stop_sequences=[[]]), "stop_sequences: item 0"),
+        (dict(stop_sequences=["", "a"]), "stop_sequences: item 0"),
+        (dict(stop_sequences=[[5], [300]]), "stop_sequences: item 1 has ids"),
+        (dict(stop_sequences="a", tokenizer=None), "tokenizer"),
+        (dict(pixel_values=np.zeros((1, 3, 4, 4))), "reads no images"),
         (dict(eos_token_id=-2), "eos_token_id=-2"),
         (dict(prompts="a", tokenizer=None), "tokenizer"),
     ]
