@@ -3,15 +3,25 @@
     W[i, o] = scales[g_idx[i], o] · (code[i, o] - zero[g_idx[i], o])
 
 in the words of GPTQ checkpoints (arXiv 2210.17323; layout in :mod:`jaxformers.kernels.codes`), as they lie on disk.
-:func:`dequantise` is the definition.
+:func:`dequantise` is the definition; a kernel reads k·n·bits/8 bytes of words, n·(2 + bits/8) bytes for each group of
+inputs (float16 scales, packed zeros) and (m·k + m·n) activations, and does 2·m·k·n FLOPs and one to two integer
+operations a weight. With few rows the bytes bound the time, and at 4 bits in groups of 128 they are 0.26 of bfloat16's.
+With many the FLOPs do, which are the same, and unpacking comes on top: then the matrix is written out once in the
+dtype of x, and multiplied by XLA. :func:`choose` draws the line, where `benchmarks/kernels_lowbit.py` measured it.
 """
+
+import functools
+import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxformers.kernels.codes import WORDS, codes
+from jaxformers.kernels import lowbit_gpu, lowbit_tpu
+from jaxformers.kernels.codes import PER_WORD, WORDS, codes
+from jaxformers.kernels.shape import Shape
 
-IMPLEMENTATIONS = ("xla", "gpu")
+Implementation = Literal["xla", "gpu", "tpu"]
 
 
 def unpack(words: jax.Array, bits: int) -> jax.Array:
@@ -19,6 +29,11 @@ def unpack(words: jax.Array, bits: int) -> jax.Array:
     count = WORDS[bits]
     found = codes([words[i::count] for i in range(count)], bits)
     return jnp.stack(found, axis=1).reshape(-1, words.shape[1])
+
+
+def unpack_zeros(qzeros: jax.Array, bits: int, n: int) -> jax.Array:
+    """Words int32 (G, ceil(n · bits / 32)), packed along n -> zeros int32 (G, n)."""
+    return unpack(qzeros.T, bits).T[:, :n]
 
 
 def dequantise(qweight, qzeros, scales, g_idx=None, *, bits: int, group_size: int = -1, dtype=jnp.float32) -> jax.Array:
@@ -30,16 +45,162 @@ def dequantise(qweight, qzeros, scales, g_idx=None, *, bits: int, group_size: in
     """
     rows = unpack(qweight, bits)
     k, n = rows.shape
-    zeros = unpack(qzeros.T, bits).T[:, :n]
     group = jnp.arange(k) // (k if group_size == -1 else group_size) if g_idx is None else g_idx
-    scale, zero = scales.astype(jnp.float32)[group], zeros[group]
+    scale, zero = scales.astype(jnp.float32)[group], unpack_zeros(qzeros, bits, n)[group]
     return (scale * (rows - zero).astype(jnp.float32)).astype(dtype)
 
 
-def ternary_dequantise(codes_, positive, negative, g_idx=None, *, group_size: int = -1, dtype=jnp.float32) -> jax.Array:
-    """The (k, n) matrix of 2-bit codes (k / 16, n): 0, `positive` (code 1) or `negative` (code 2), both (G, n)."""
-    rows = unpack(codes_, 2)
+def ternary_dequantise(words, positive, negative, g_idx=None, *, group_size: int = -1, dtype=jnp.float32) -> jax.Array:
+    """The (k, n) matrix of 2-bit codes in words int32 (k / 16, n): 0, `positive` (1) or `negative` (2), both (G, n)."""
+    rows = unpack(words, 2)
     k = rows.shape[0]
     group = jnp.arange(k) // (k if group_size == -1 else group_size) if g_idx is None else g_idx
     one, two = positive.astype(dtype)[group], negative.astype(dtype)[group]
     return jnp.where(rows == 1, one, jnp.where(rows == 2, two, 0)).astype(dtype)
+
+
+def platform() -> str:
+    """What the program being traced will run on: "cpu", "gpu" (NVIDIA's) or "tpu"; "other" where no kernel may be used.
+
+    Kernels are not partitioned by XLA, so a program for several devices has none outside ``shard_map``. JAX tells
+    while tracing which mesh it is for only where one is set; without that, several devices on this machine count.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        device, alone = jax.devices()[0], jax.device_count() == 1
+    else:
+        device = mesh.abstract_device or jax.devices()[0]
+        alone = mesh.size == 1 or all(kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types)
+    if device.platform == "cpu" or not alone:
+        return "cpu" if device.platform == "cpu" else "other"
+    if device.platform in ("gpu", "cuda"):
+        return "gpu" if device.device_kind.startswith("NVIDIA") else "other"
+    return device.platform
+
+
+def choose(shape: Shape, dtype, where: str | None = None) -> Implementation:
+    """The implementation for a product of `shape` with x of `dtype`, on `where` (:func:`platform` if None).
+
+    GPU: measured on an H100, see benchmarks/results. TPU: reasoned from bytes, not measured: what XLA does instead
+    writes the dequantised matrix out and reads it again (five times the bytes of 4-bit words and more), so the kernel
+    takes up to 256 rows; for bfloat16 and float32 only, which TPUs compute in.
+    """
+    where = platform() if where is None else where
+    if shape.m == 0:
+        return "xla"
+    if where == "gpu" and lowbit_gpu.tile_for(shape, dtype) is not None:
+        return "gpu"
+    if where == "tpu" and shape.m <= 256 and dtype in (jnp.bfloat16, jnp.float32) and lowbit_tpu.tile_for(shape):
+        return "tpu"
+    return "xla"
+
+
+def matmul(
+    x: jax.Array,
+    qweight: jax.Array,
+    qzeros: jax.Array,
+    scales: jax.Array,
+    g_idx: jax.Array | None = None,
+    *,
+    bits: int,
+    group_size: int = -1,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """x (…, k) times the matrix that :func:`dequantise` defines -> (…, n), in the dtype of x, accumulated in float32.
+
+    Differentiable with respect to x and scales: the backward pass dequantises again and keeps no dense matrix.
+    ``implementation`` overrides :func:`choose`; ``interpret`` runs a kernel on any machine, slowly. Raises ValueError
+    for unknown bits, for shapes that disagree, and for an implementation that does not take this shape.
+    """
+    if bits not in PER_WORD:
+        raise ValueError(f"bits={bits}: must be one of {tuple(PER_WORD)}")
+    shape = _shape(x, qweight, scales, g_idx, bits, group_size, ternary=False)
+    zeros = -(-shape.n // 32) * 3 if bits == 3 else -(-shape.n * bits // 32)
+    if qzeros.shape != (shape.groups, zeros):
+        raise ValueError(f"qzeros: expected {(shape.groups, zeros)} for scales {scales.shape}, found {qzeros.shape}")
+    return _run(shape, group_size, implementation, interpret, x, (qweight, scales, qzeros, g_idx))
+
+
+def ternary_matmul(
+    x: jax.Array,
+    words: jax.Array,
+    positive: jax.Array,
+    negative: jax.Array,
+    g_idx: jax.Array | None = None,
+    *,
+    group_size: int = -1,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """x (…, k) times the matrix that :func:`ternary_dequantise` defines -> (…, n). Otherwise as :func:`matmul`.
+
+    No code may be 3.
+    """
+    shape = _shape(x, words, positive, g_idx, 2, group_size, ternary=True)
+    if negative.shape != positive.shape:
+        raise ValueError(f"negative: expected {positive.shape} as positive, found {negative.shape}")
+    return _run(shape, group_size, implementation, interpret, x, (words, positive, negative, g_idx))
+
+
+def _shape(x, words, scales, g_idx, bits: int, group_size: int, ternary: bool) -> Shape:
+    k, n = words.shape[0] // WORDS[bits] * PER_WORD[bits], words.shape[1]
+    groups = 1 if group_size == -1 else -(-k // group_size)
+    if x.shape[-1] != k:
+        raise ValueError(f"x: expected {k} inputs, as the words of {bits} bits hold, found {x.shape}")
+    if scales.shape != (groups, n):
+        raise ValueError(f"scales: expected {(groups, n)} for group_size {group_size}, found {scales.shape}")
+    if g_idx is not None and g_idx.shape != (k,):
+        raise ValueError(f"g_idx: expected shape {(k,)}, found {g_idx.shape}")
+    rows = math.prod(x.shape[:-1])
+    return Shape(rows, k, n, bits, k if groups == 1 else group_size, groups, ternary, g_idx is not None)
+
+
+def _run(shape: Shape, group_size: int, implementation, interpret: bool, x, operands) -> jax.Array:
+    chosen = choose(shape, x.dtype) if implementation is None else implementation
+    if chosen not in ("xla", "gpu", "tpu"):
+        raise ValueError(f"implementation={implementation!r}: must be 'xla', 'gpu' or 'tpu'")
+    y = _product((shape, group_size, chosen, interpret), x.reshape(shape.m, shape.k), *operands)
+    return y.reshape(*x.shape[:-1], shape.n)
+
+
+def _reference(shape: Shape, group_size: int, x, words, scales, zeros, g_idx) -> jax.Array:
+    if shape.ternary:
+        w = ternary_dequantise(words, scales, zeros, g_idx, group_size=group_size, dtype=x.dtype)
+    else:
+        w = dequantise(words, zeros, scales, g_idx, bits=shape.bits, group_size=group_size, dtype=x.dtype)
+    return x @ w
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(how, x, words, scales, zeros, g_idx):
+    shape, group_size, chosen, interpret = how
+    if chosen == "xla":
+        return _reference(shape, group_size, x, words, scales, zeros, g_idx)
+    if chosen == "gpu":
+        tile = lowbit_gpu.tile_for(shape, x.dtype, forced=True)
+        return lowbit_gpu.matmul(x, words, scales, zeros, g_idx, shape, tile, interpret)
+    zeros = zeros if shape.ternary else unpack_zeros(zeros, shape.bits, shape.n)
+    return lowbit_tpu.matmul(
+        x, words, scales.astype(jnp.float32), zeros.astype(jnp.float32), shape, interpret=interpret
+    )
+
+
+def _forward(how, x, *operands):
+    return _product(how, x, *operands), (x, operands)
+
+
+def _backward(how, saved, dy):
+    """dx = dy Wᵀ with W dequantised anew; what nobody asks for of the rest is left out when the program is compiled."""
+    shape, group_size = how[:2]
+    x, (words, scales, zeros, g_idx) = saved
+    if shape.ternary:
+        _, pull = jax.vjp(lambda x, s, z: _reference(shape, group_size, x, words, s, z, g_idx), x, scales, zeros)
+        dx, d_scales, d_zeros = pull(dy)
+        return dx, None, d_scales, d_zeros, None
+    _, pull = jax.vjp(lambda x, s: _reference(shape, group_size, x, words, s, zeros, g_idx), x, scales)
+    dx, d_scales = pull(dy)
+    return dx, None, d_scales, None, None
+
+
+_product.defvjp(_forward, _backward)

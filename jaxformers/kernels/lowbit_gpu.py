@@ -279,3 +279,14 @@ def matmul(x, words, scales, zeros, g_idx, shape: Shape, tile: Tile, interpret: 
         name=f"lowbit_matmul_{shape.bits}_bits",
     )(*operands)
     return partial[0] if tile.splits == 1 else partial.sum(axis=0).astype(x.dtype)
+
+
+def tile_for(shape: Shape, dtype, forced: bool = False) -> Tile | None:
+    """The tile for a product, as measured on an H100; None where dequantising once and XLA's product are faster."""
+    if shape.m > 256 and not forced:
+        return None
+    if shape.m <= 2:
+        return Tile(m=shape.m, n=64, words=32, splits=4, vector=True)
+    if dtype == jnp.float32:
+        return Tile(m=16, n=64, splits=2)
+    return Tile(m=16 if shape.m <= 16 else 32 if shape.m <= 32 else 64, n=64, splits=4, x_load="permuted")

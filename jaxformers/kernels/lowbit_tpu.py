@@ -142,11 +142,12 @@ def _kernel(x_ref, s_ref, z_ref, *refs, shape: Shape, tile: Tile):
         y_ref[...] = acc_ref[...].astype(y_ref.dtype)
 
 
-def matmul(x, words, scales, zeros, shape: Shape, interpret=False) -> jax.Array:
+def matmul(x, words, scales, zeros, shape: Shape, tile: Tile | None = None, interpret: bool = False) -> jax.Array:
     """x (m, k), bfloat16 or float32, times the packed matrix -> (m, n); `scales`, `zeros` or levels float32 (G, n)."""
-    tile = tile_for(shape)
+    tile = tile_for(shape) if tile is None else tile
     if tile is None:
-        raise ValueError(f"group_size: groups of {shape.group} do not fit the TPU kernel's chunks; use 'xla'")
+        order = "in act-order " if shape.act_order else ""
+        raise ValueError(f"implementation: groups {order}of {shape.group} inputs do not fit the TPU kernel; use 'xla'")
     count, per = WORDS[shape.bits], shape.per
     steps = -(-shape.rows // (tile.rows * tile.chunks))
     rows = steps * tile.rows * tile.chunks

@@ -1,12 +1,14 @@
-"""Weights of 2, 3, 4 or 8 bits in the word layout of GPTQ checkpoints, multiplied one unpacked layer at a time.
+"""Weights of 2, 3, 4 or 8 bits in the word layout of GPTQ checkpoints, multiplied as they are or unpacked by the layer.
 
     W[i, o] = scales[g_idx[i], o] · (code[i, o] - zero[g_idx[i], o])
 
 The arrays are those of a GPTQ file (layout: GPTQ, arXiv 2210.17323, and the checkpoints of AutoGPTQ and GPTQModel),
-with zeros always in their version 2 meaning: the zero itself, where version 1 files store zero - 1.
+with zeros always in their version 2 meaning: the zero itself, where version 1 files store zero - 1. A product unpacks
+one layer at a time in plain JAX, except where a kernel is faster (:func:`jaxformers.kernels.lowbit.choose`).
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -14,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxformers.kernels import lowbit
+from jaxformers.kernels.shape import Shape
 from jaxformers.weights import words
 from jaxformers.weights.base import Read
 
@@ -95,9 +99,20 @@ def _dense(w: PackedWeight, dtype: Any) -> jax.Array:
     return (scales * (codes.astype(jnp.float32) - zeros)).astype(dtype)
 
 
+def _matmul(w: PackedWeight, x: jax.Array) -> jax.Array:
+    if w.qweight.ndim == 2:
+        m, (d_in, d_out), groups = math.prod(x.shape[:-1]), w.shape, w.scales.shape[-2]
+        group = d_in if groups == 1 else w.group_size
+        shape = Shape(m, d_in, d_out, w.bits, group, groups, act_order=w.g_idx is not None)
+        if lowbit.choose(shape, x.dtype) != "xla":
+            options = {"bits": w.bits, "group_size": w.group_size}
+            return lowbit.matmul(x, w.qweight, w.qzeros, w.scales, w.g_idx, **options)
+    return _dense_matmul(w, x)
+
+
 # Rematerialised: what waits for the backward pass is the packed weight, never the dense kernel.
 @jax.checkpoint
-def _matmul(w: PackedWeight, x: jax.Array) -> jax.Array:
+def _dense_matmul(w: PackedWeight, x: jax.Array) -> jax.Array:
     return x @ _dense(w, x.dtype)
 
 

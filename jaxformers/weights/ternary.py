@@ -5,6 +5,7 @@ that differ. Source: the ternary grid of GPTQ, arXiv 2210.17323.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -14,6 +15,8 @@ import numpy as np
 from flax import nnx
 
 from jaxformers import surgery
+from jaxformers.kernels import lowbit
+from jaxformers.kernels.shape import Shape
 from jaxformers.weights import words
 from jaxformers.weights.base import Read
 from jaxformers.weights.packed import n_groups, trivial_groups
@@ -96,9 +99,19 @@ def _dense(w: TernaryWeight, dtype: Any) -> jax.Array:
     return jnp.where(codes == 1, positive, jnp.where(codes == 2, negative, 0)).astype(dtype)
 
 
+def _matmul(w: TernaryWeight, x: jax.Array) -> jax.Array:
+    if w.codes.ndim == 2:
+        m, (d_in, d_out), groups = math.prod(x.shape[:-1]), w.shape, w.positive.shape[-2]
+        group = d_in if groups == 1 else w.group_size
+        shape = Shape(m, d_in, d_out, 2, group, groups, ternary=True, act_order=w.g_idx is not None)
+        if lowbit.choose(shape, x.dtype) != "xla":
+            return lowbit.ternary_matmul(x, w.codes, w.positive, w.negative, w.g_idx, group_size=w.group_size)
+    return _dense_matmul(w, x)
+
+
 # Rematerialised: what waits for the backward pass is the packed weight, never the dense kernel.
 @jax.checkpoint
-def _matmul(w: TernaryWeight, x: jax.Array) -> jax.Array:
+def _dense_matmul(w: TernaryWeight, x: jax.Array) -> jax.Array:
     return x @ _dense(w, x.dtype)
 
 
