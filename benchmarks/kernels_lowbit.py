@@ -1,6 +1,6 @@
 """Packed low-bit products on a GPU: parity, a search over tiles, and times beside plain XLA and two floors.
 
-    PYTHONPATH=. python benchmarks/kernels_lowbit.py --out FILE.md [--mode parity,tune] [--bits 4,3] [--rows 1,16]
+    PYTHONPATH=. python benchmarks/kernels_lowbit.py --mode parity|sweep|table --out FILE.md [--jobs 4:1,3:16]
 
 Needs jax alone. A measurement is a chain x -> x W1 -> x W1 W2 … through enough different weights that none is still in
 the L2 cache when its turn comes again, repeated in one compiled loop; the time is the median over several calls, less
@@ -56,7 +56,8 @@ def weights(kind: str, k: int, n: int, group: int, seed: int) -> tuple[jax.Array
     words = jax.lax.bitcast_convert_type(jax.random.bits(keys[0], (rows, n), jnp.uint32), jnp.int32)
     if ternary:
         words &= ~(words & (words >> 1) & 0x55555555)  # no code is 3
-    zeros = jax.lax.bitcast_convert_type(jax.random.bits(keys[1], (groups, -(-n * bits // 32)), jnp.uint32), jnp.int32)
+    width = -(-n // 32) * 3 if bits == 3 else -(-n * bits // 32)
+    zeros = jax.lax.bitcast_convert_type(jax.random.bits(keys[1], (groups, width), jnp.uint32), jnp.int32)
     size = (1 / (k * (1.0 if ternary else (4**bits - 1) / 6))) ** 0.5
     scales = (size * jax.random.uniform(keys[2], (groups, n), minval=0.9, maxval=1.1)).astype(jnp.float16)
     return words, scales, -scales if ternary else zeros
@@ -106,12 +107,23 @@ def seconds_of(done, x, operands, products: int, calls: int = 5) -> float:
     return float(np.median(times)) / products
 
 
+def product_by(tile, shape: Shape):
+    """(x, words, scales, zeros, g_idx) -> product, by a kernel with `tile`, or by ("dequantise", tile) and a dot."""
+    if not isinstance(tile, tuple):
+        return lambda x, *w: gpu.matmul(x, *w, shape, tile, interpret=INTERPRET)
+    precision = jax.lax.Precision.HIGHEST
+
+    def product(x, *w):
+        return jnp.dot(x, gpu.dequantise(*w, shape, x.dtype, tile[1], interpret=INTERPRET), precision=precision)
+
+    return product
+
+
 class Case:
     """One product (kind of weight, m, k = n): its operands, so many that the cache does not help."""
 
     def __init__(self, kind: str, m: int, k: int, group: int):
         self.kind, self.m, self.k, self.group = kind, m, k, group
-        copies = 1
         one = weights(kind, k, k, group, 0)
         copies = max(4, math.ceil(CACHE / nbytes(one)))
         self.operands = [one] + [weights(kind, k, k, group, seed) for seed in range(1, copies)]
@@ -120,7 +132,15 @@ class Case:
         self.shape = shape_of(kind, m, k, k, group)
 
     def compile(self, tile):
-        product = lambda x, *w: gpu.matmul(x, *w, None, self.shape, tile, interpret=INTERPRET)
+        product = product_by(tile, self.shape)
+        return compiled_chain(lambda x, *w: product(x, *w, None), self.operands, self.x, self.repeats)
+
+    def compile_chosen(self):
+        def product(x, words, scales, zeros):
+            if self.kind == "ternary":
+                return lowbit.ternary_matmul(x, words, scales, zeros, group_size=self.group)
+            return lowbit.matmul(x, words, zeros, scales, bits=int(self.kind), group_size=self.group)
+
         return compiled_chain(product, self.operands, self.x, self.repeats)
 
     def compile_dequantised(self):
@@ -140,159 +160,133 @@ def dense_seconds(m: int, k: int) -> float:
 
 
 def parity(log: Log) -> None:
-    """Every kernel and way of scaling against the definition in float64, on the device itself."""
-    rng = np.random.default_rng(0)
+    """Every kernel, kind of weight, dtype and way of scaling against the definition in float64, on the device itself."""
     T = gpu.Tile
     tiles = {
-        "tensor": T(),
-        "tensor, split": T(n=32, splits=2, x_load="split", warps=2),
-        "tensor, word": T(m=32, words=32, scaling="word", x_load="permuted"),
-        "tensor, transposed": T(m=64, n=64, transposed=True, x_load="permuted"),
-        "vector": T(m=1, n=32, vector=True, splits=2),
+        "vector": T(m=1, n=32, words=64, vector=True),
+        "vector, split": T(m=2, n=32, splits=2, vector=True, x_load="split"),
+        "tensor": T(n=32, warps=2, splits=2, x_load="split"),
+        "tensor, strided": T(n=64),
+        "tensor, word": T(n=32, scaling="word", x_load="permuted"),
+        "dequantise": ("dequantise", T(n=64)),
     }
-    cases = []
-    for kind in ("2", "3", "4", "8", "ternary"):
-        for name, tile in tiles.items():
-            for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
-                for m, k, n, group, order in (
-                    (3, 1056, 80, 32, False),
-                    (1, 544, 72, 128, False),
-                    (5, 96, 48, 40, True),
-                ):
-                    if dtype == jnp.bfloat16 or (m == 3 and name in ("tensor", "vector")):
-                        cases.append((kind, name, tile, dtype, m, k, n, group, order))
+    bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
+    odd, order, single = (3, 1056, 80, 32, False), (5, 96, 48, 40, True), (1, 544, 72, -1, False)
+    cases = [(kind, name, bf16, odd) for kind in ("2", "3", "4", "8", "ternary") for name in ("vector", "tensor")]
+    cases += [(kind, "dequantise", bf16, odd) for kind in ("3", "4", "ternary")]
+    cases += [("4", name, dtype, odd) for name in ("vector", "tensor") for dtype in (f16, f32)]
+    cases += [("4", name, bf16, order) for name in ("vector", "tensor", "dequantise")]
+    cases += [("4", name, bf16, single) for name in ("vector", "tensor", "vector, split", "tensor, strided")]
+    cases += [("8", "tensor", f16, odd), ("3", "tensor, word", bf16, odd), ("3", "vector", f32, odd)]
 
     def one(case):
-        kind, name, tile, dtype, m, k, n, group, order = case
+        kind, name, dtype, (m, k, n, group, act_order) = case
         w = weights(kind, k, n, group, 3)
-        g_idx = jnp.asarray(rng.permutation(np.arange(k) // group), jnp.int32) if order else None
+        g_idx = (
+            jnp.asarray(np.random.default_rng(0).permutation(np.arange(k) // group), jnp.int32) if act_order else None
+        )
         x = jnp.asarray(np.random.default_rng(1).standard_normal((m, k)), dtype)
-        shape = shape_of(kind, m, k, n, group, order)
-        y = jax.jit(lambda x, *w: gpu.matmul(x, *w, shape, tile, interpret=INTERPRET))(x, *w, g_idx)
-        expected = np.asarray(x, np.float64) @ np.asarray(dense(kind, w, k, group, jnp.float32, g_idx), np.float64)
+        shape = shape_of(kind, m, k, n, group, act_order)
+        y = jax.jit(product_by(tiles[name], shape))(x, *w, g_idx)
+        full = dense(kind, w, k, group, f32, g_idx)
+        expected = np.asarray(x, np.float64) @ np.asarray(full, np.float64)
         return np.abs(np.asarray(y, np.float64) - expected).max() / np.abs(expected).max()
 
     bounds = {"bfloat16": 8e-3, "float16": 1.5e-3, "float32": 1e-5}
-    worst, failed = {}, 0
-    with concurrent.futures.ThreadPoolExecutor(12) as pool:
-        for case, future in [(case, pool.submit(one, case)) for case in cases]:
-            kind, name, _, dtype, m, k, n, group, order = case
-            key = (name, jnp.dtype(dtype).name)
-            try:
-                error = future.result()
-                worst[key] = max(worst.get(key, 0), error)
-                if error <= bounds[key[1]]:
-                    continue
-                reason = f"error {error:.1e}"
-            except Exception as e:
-                reason = f"{type(e).__name__}: {str(e)[:300]!r}"
-            failed += 1
-            log(f"PARITY FAILED {kind} {name} {key[1]} m={m} k={k} n={n} group={group} act_order={order}: {reason}")
-    log(f"parity: {len(cases)} cases, {failed} failed, {time.monotonic() - START:.0f} s; worst by kernel:")
+    worst, failed, late = {}, 0, 0
+    pool = concurrent.futures.ThreadPoolExecutor(16)
+    futures = {pool.submit(one, case): case for case in cases}
+    concurrent.futures.wait(futures, timeout=60)
+    pool.shutdown(wait=False, cancel_futures=True)
+    for future, (kind, name, dtype, sizes) in futures.items():
+        dtype = jnp.dtype(dtype).name
+        if not future.done() or future.cancelled():
+            late += 1
+            continue
+        try:
+            error = future.result()
+            worst[name, dtype] = max(worst.get((name, dtype), 0), error)
+            if error <= bounds[dtype]:
+                continue
+            reason = f"error {error:.1e}"
+        except Exception as e:
+            reason = f"{type(e).__name__}: {str(e)[:300]!r}"
+        failed += 1
+        log(f"PARITY FAILED {kind} {name} {dtype} (m, k, n, group, act_order)={sizes}: {reason}")
+    log(
+        f"parity: {len(cases)} cases, {failed} failed, {late} not done, {time.monotonic() - START:.0f} s; worst by kernel:"
+    )
     log("; ".join(f"{name} {dtype} {error:.1e}" for (name, dtype), error in sorted(worst.items())))
 
 
-def seeds(kind: str, m: int) -> list:
-    T = gpu.Tile
-    if m <= 32:
-        rows = 16 if m <= 16 else 32
-        if kind in ("2", "3", "ternary"):
-            rows = max(rows, 4 * m if kind == "3" else 2 * m)
-        out = [
-            T(m=rows, n=32, splits=1, warps=4, stages=4),
-            T(m=rows, n=64, splits=4, warps=4, stages=4),
-            T(m=rows, n=64, splits=4, warps=4, stages=4, x_load="split"),
-            T(m=rows, n=64, splits=4, warps=4, stages=4, x_load="permuted"),
-            T(m=rows, n=64, splits=4, warps=4, stages=3, x_load="permuted", transposed=True),
-            T(m=max(16, m), n=64, words=32, splits=2, stages=3, x_load="permuted", scaling="word"),
-            T(
-                m=max(16, m),
-                n=64,
-                words=32,
-                splits=2,
-                warps=4,
-                stages=3,
-                x_load="permuted",
-                scaling="word",
-                transposed=True,
-            ),
+def candidates(kind: str, m: int) -> list:
+    """Tiles to try. For many rows, also how to dequantise before XLA's product."""
+    T, split = gpu.Tile, functools.partial(gpu.Tile, x_load="split")
+    whole = {"2": 256, "3": 128, "4": 512, "8": 512, "ternary": 256}[
+        kind
+    ]  # all 4096 inputs in one step (half at 8 bits)
+    out = []
+    if m <= 2:
+        V = functools.partial(T, m=m, vector=True)
+        out += [
+            V(n=32, words=whole, warps=16),
+            V(n=32, words=whole, warps=8),
+            V(n=32, words=whole, warps=16, x_load="split"),
+            V(n=16, words=whole, warps=8),
+            V(n=32, words=whole // 2, warps=8),
+            V(n=64, words=whole // 4, splits=4, warps=8),
         ]
-        if m <= 4:
+        if kind == "4":
             out += [
-                T(m=m, n=32, words=64, warps=8, vector=True),
-                T(m=m, n=64, words=32, splits=4, warps=4, vector=True),
-                T(m=m, n=128, words=16, splits=8, warps=4, vector=True),
+                V(n=16, words=whole, warps=4),
+                V(n=64, words=whole, warps=16),
+                V(n=32, words=whole // 4, warps=8),
+                V(n=32, words=whole // 4, splits=4, warps=4),
             ]
-        return out
-    T = functools.partial(T, warps=4, stages=3, x_load="permuted")
-    rows, more = min(m, 64), 128 if m > 64 else 64
-    return [
-        T(m=rows, n=64),
-        T(m=rows, n=128, transposed=True),
-        T(m=rows, n=128, words=32, scaling="word"),
-        T(m=rows, n=128, words=32, scaling="word", transposed=True),
-        T(m=more, n=64, words=32, scaling="word"),
-        T(m=more, n=128, words=32, warps=8, scaling="word", transposed=True),
-        T(m=more, n=128, warps=8, transposed=True),
-    ]
-
-
-def neighbours(tile, m: int) -> list:
-    """Tiles that differ in one respect."""
-    change = lambda **c: dataclasses.replace(tile, **c)
-    out = [change(n=tile.n * 2), change(n=tile.n // 2), change(splits=tile.splits * 2), change(splits=tile.splits // 2)]
-    out += [change(warps=tile.warps * 2), change(warps=tile.warps // 2), change(unroll=3 - min(tile.unroll, 2))]
-    out += [change(words=tile.words * 2), change(words=tile.words // 2), change(unroll=tile.unroll * 2)]
-    if not tile.vector:
-        out += [change(stages=tile.stages + 1), change(stages=tile.stages - 1)]
-        out += [change(x_load=x) for x in ("strided", "permuted", "split") if x != tile.x_load]
-        out += [change(transposed=not tile.transposed), change(scaling="word" if tile.scaling == "group" else "group")]
-        if m > 16:
-            out += [change(m=tile.m * 2), change(m=tile.m // 2)]
-    ok = lambda t: (
-        t.n >= 16 and t.splits >= 1 and 1 <= t.warps <= 16 and t.stages >= 1 and t.words >= (4 if t.vector else 16)
-        and (t.vector or t.m >= 16) and t.words * t.n <= 8192
-    )  # fmt: skip
-    return [t for t in out if ok(t)]
+    folded = {"3": 4, "2": 2, "ternary": 2}.get(kind, 1)  # groups of 128 in a step
+    rows = max(16, folded * m)
+    if m <= 32:
+        words = 32 if kind == "8" else 16
+        out += [
+            split(m=rows, n=64, words=words, splits=8),
+            split(m=rows, n=128, words=words, splits=8, warps=8),
+            split(m=rows, n=128, words=words, splits=4, warps=4),
+        ]
+        if kind == "4":
+            out += [
+                T(m=rows, n=64, splits=8),
+                split(m=rows, n=128, splits=8, warps=4),
+                split(m=rows, n=128, splits=4, warps=4, stages=3),
+                split(m=rows, n=128, splits=4, warps=8),
+                split(m=rows, n=256, splits=8, warps=8),
+                split(m=rows, n=32, splits=8, warps=2),
+                split(m=rows, n=64, splits=8, warps=2),
+                split(m=rows, n=32, splits=1, warps=4),
+            ]
+        if kind == "3":
+            out += [
+                split(m=max(16, m), n=64, splits=8, scaling="word"),
+                split(m=rows, n=64, splits=4, warps=8),
+            ]
+    if m >= 32:
+        if kind == "4":
+            out += [
+                split(m=m if m <= 64 else 64, n=128, splits=4, warps=4),
+                split(m=m if m <= 64 else 128, n=128, words=32, splits=4 if m <= 64 else 1, warps=8, scaling="word"),
+            ]
+        out += [("dequantise", T(n=128, words=16, warps=4)), ("dequantise", T(n=256, words=8, warps=4))]
+        if kind == "4":
+            out += [("dequantise", T(n=256, words=16, warps=8)), ("dequantise", T(n=64, words=16, warps=4))]
+    return out
 
 
 def show(tile) -> str:
+    if isinstance(tile, tuple):
+        return "dequantise " + show(tile[1])
     default = gpu.Tile()
     fields = [f.name for f in dataclasses.fields(tile)]
     changed = [f"{f}={getattr(tile, f)!r}" for f in fields if f in "mn" or getattr(tile, f) != getattr(default, f)]
     return f"Tile({', '.join(changed)})"
-
-
-def tune(case: Case, log: Log, rounds: int, budget: float) -> tuple:
-    """(seconds, tile) of the best tile found by going to better neighbours; `budget` in seconds."""
-    deadline = time.monotonic() + budget
-    known: dict = {}
-    candidates = seeds(case.kind, case.m)
-    for turn in range(rounds):
-        fresh = [t for t in dict.fromkeys(candidates) if t not in known]
-        pool = concurrent.futures.ThreadPoolExecutor(12)
-        futures = [(t, pool.submit(case.compile, t)) for t in fresh]
-        ready = []
-        for tile, future in futures:
-            try:
-                ready.append((tile, *future.result(timeout=max(1, deadline - time.monotonic()))))
-            except Exception as e:
-                known[tile] = math.inf
-                log(f"    failed {show(tile)}: {type(e).__name__} {str(e)[:160]!r}")
-        pool.shutdown(wait=False, cancel_futures=True)
-        for tile, done, compiling in ready:
-            try:
-                known[tile] = case.measure(done)
-                log(f"    {1e6 * known[tile]:7.2f} us {show(tile)} (compiled in {compiling:.1f} s)")
-            except Exception as e:
-                known[tile] = math.inf
-                log(f"    failed {show(tile)}: {type(e).__name__} {str(e)[:160]!r}")
-        if not known or time.monotonic() > deadline:
-            break
-        ranked = sorted(known, key=known.get)
-        candidates = neighbours(ranked[0], case.m) + (neighbours(ranked[1], case.m)[::2] if turn == 0 else [])
-    best = min(known, key=known.get)
-    return known[best], best
 
 
 def floors(case: Case) -> tuple[float, float]:
@@ -300,58 +294,120 @@ def floors(case: Case) -> tuple[float, float]:
     return moved / BANDWIDTH, 2 * case.m * case.k**2 / FLOPS
 
 
-def row(case: Case, seconds: float, tile, dense_s: float, dequantised: float | None) -> str:
+def row(case: Case, seconds: float, how: str, dense_s: float, dequantised: float | None) -> str:
     us = lambda s: "-" if s is None else f"{1e6 * s:.2f}"
     times = (us(seconds), us(dense_s), us(dequantised), f"{dense_s / seconds:.2f}", *map(us, floors(case)))
-    return f"| {case.kind} | {case.m} | {case.k} | {' | '.join(times)} | `{show(tile)}` |"
+    return f"| {case.kind} | {case.m} | {case.k} | {' | '.join(times)} | `{how}` |"
+
+
+def launch_floor(k: int) -> float:
+    """Seconds that a kernel takes in such a chain when it only copies one row."""
+    from jax.experimental import pallas as pl
+
+    def copy(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+    x = jnp.ones((1, k), jnp.bfloat16)
+    call = pl.pallas_call(copy, out_shape=x, interpret=INTERPRET, compiler_params=gpu.plgpu.CompilerParams(num_warps=4))
+    operands = [(jnp.zeros(1),)] * 14
+    done, _ = compiled_chain(lambda x, _: call(x), operands, x, 150)
+    return seconds_of(done, x, operands, 14 * 150)
+
+
+def sweep(jobs: list, size: int, group: int, log: Log, left) -> None:
+    """Compile every candidate of every job side by side, then measure one after the other."""
+    cases = {job: Case(*job, size, group) for job in jobs}
+    base = {m: dense_seconds(m, size) for m in dict.fromkeys(m for _, m in jobs)}
+    log(f"a kernel that does nothing takes {1e6 * launch_floor(size):.2f} us; {time.monotonic() - START:.0f} s")
+    for m, seconds in base.items():
+        log(f"bfloat16 dot, m={m}: {1e6 * seconds:.2f} us")
+    pool = concurrent.futures.ThreadPoolExecutor(16)
+    futures = {}
+    for depth in range(40):  # the first candidates of every job before the second ones
+        for job in jobs:
+            found = candidates(*job)
+            if depth < len(found):
+                futures[pool.submit(cases[job].compile, found[depth])] = (job, found[depth])
+    deadline = 0.62 * left()
+    finished, late = concurrent.futures.wait(futures, timeout=deadline)
+    pool.shutdown(wait=False, cancel_futures=True)
+    log(f"{len(finished)} of {len(futures)} candidates compiled, {time.monotonic() - START:.0f} s")
+    best: dict = {}
+    for future, (job, tile) in futures.items():
+        if future in late or left() < 5:
+            log(f"    not done: {job} {show(tile)}")
+            continue
+        try:
+            done, compiling = future.result()
+            seconds = cases[job].measure(done)
+            log(f"    {job[0]:>8} m={job[1]:<4} {1e6 * seconds:7.2f} us {show(tile)} (compiled in {compiling:.1f} s)")
+            if seconds < best.get(job, (math.inf,))[0]:
+                best[job] = (seconds, tile)
+        except Exception as e:
+            log(f"    failed {job} {show(tile)}: {type(e).__name__} {str(e)[:160]!r}")
+    header(log)
+    for job, (seconds, tile) in best.items():
+        log(row(cases[job], seconds, show(tile), base[job[1]], None))
+
+
+def table(jobs: list, size: int, group: int, log: Log, left) -> None:
+    """What the library itself chooses, beside XLA's product of the bfloat16 matrix and of the dequantised one."""
+    base = {m: dense_seconds(m, size) for m in dict.fromkeys(m for _, m in jobs)}
+    log(f"a kernel that does nothing takes {1e6 * launch_floor(size):.2f} us; {time.monotonic() - START:.0f} s")
+    cases = {job: Case(*job, size, group) for job in jobs}
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        chosen = {job: pool.submit(case.compile_chosen) for job, case in cases.items()}
+        plain = {job: pool.submit(case.compile_dequantised) for job, case in cases.items()}
+    header(log)
+    for job, case in cases.items():
+        if left() < 5:
+            log(f"no time left for {job}")
+            continue
+        try:
+            done, compiling = chosen[job].result()
+            seconds = case.measure(done)
+            how = f"{lowbit_how(case)}, compiled in {compiling:.1f} s"
+            log(row(case, seconds, how, base[job[1]], case.measure(plain[job].result()[0])))
+        except Exception as e:
+            log(f"failed {job}: {type(e).__name__} {str(e)[:300]!r}")
+
+
+def lowbit_how(case: Case) -> str:
+    chosen = lowbit.choose(case.shape, jnp.bfloat16)
+    tile = gpu.tile_for(case.shape, jnp.dtype(jnp.bfloat16))
+    return chosen if chosen != "gpu" else "dequantise, dot" if tile is None else show(tile)
+
+
+def header(log: Log) -> None:
+    log(
+        "\n| bits | m | k = n | kernel, us | bfloat16 dot, us | XLA dequantise + dot, us | speed against bfloat16 | "
+        "floor of the bytes, us | floor of the FLOPs, us | how |\n|---|---|---|---|---|---|---|---|---|---|"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--mode", default="parity,tune")
+    parser.add_argument("--mode", default="parity", choices=["parity", "sweep", "table"])
     parser.add_argument("--bits", default="4,3,2,8,ternary")
-    parser.add_argument("--rows", default="1,16,256,64,32,8")
+    parser.add_argument("--rows", default="1,16,256")
+    parser.add_argument("--jobs", help="bits:rows, … instead of all products of --bits and --rows")
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--group", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=150, help="stop to begin anything new after so long")
     args = parser.parse_args()
     log = Log(args.out)
     left = lambda: args.seconds - (time.monotonic() - START)
     device = jax.devices()[0]
     log(f"# {device.device_kind}, {device.platform}, jax {jax.__version__}; {time.strftime('%Y-%m-%d %H:%M')} UTC")
-    if "parity" in args.mode:
-        parity(log)
+    if args.jobs:
+        jobs = [(job.split(":")[0], int(job.split(":")[1])) for job in args.jobs.split(",")]
+    else:
+        jobs = [(kind, int(m)) for kind in args.bits.split(",") for m in args.rows.split(",")]
     if args.mode == "parity":
-        return
-    rows = [int(m) for m in args.rows.split(",")]
-    table = []
-    if "tune" in args.mode:
-        base = {}
-        for m in rows:
-            base[m] = dense_seconds(m, args.size)
-            log(f"bfloat16 dot, m={m}: {1e6 * base[m]:.2f} us; {time.monotonic() - START:.0f} s")
-        jobs = [(kind, m) for kind in args.bits.split(",") for m in rows]
-        for i, (kind, m) in enumerate(jobs):
-            if left() < 5:
-                log(f"no time left for {kind} bits, m={m}")
-                continue
-            try:
-                case = Case(kind, m, args.size, args.group)
-                log(f"## {kind} bits, m={m}, {len(case.operands)} weights in a chain; {time.monotonic() - START:.0f} s")
-                dequantised = case.measure(case.compile_dequantised()[0])
-                log(f"    {1e6 * dequantised:7.2f} us dequantise, then dot")
-                seconds, tile = tune(case, log, args.rounds, max(10, left() / (len(jobs) - i) * 1.5))
-                table.append(row(case, seconds, tile, base[m], dequantised))
-                log(table[-1])
-            except Exception as e:
-                log(f"failed {kind} bits, m={m}: {type(e).__name__} {str(e)[:500]!r}")
-    log(
-        "\n| bits | m | k = n | kernel, us | bfloat16 dot, us | dequantise + dot, us | speed against bfloat16 | "
-        "floor of the bytes, us | floor of the FLOPs, us | tile |\n|---|---|---|---|---|---|---|---|---|---|"
-    )
-    log("\n".join(table))
+        parity(log)
+    else:
+        (sweep if args.mode == "sweep" else table)(jobs, args.size, args.group, log, left)
     log(f"\n{time.monotonic() - START:.0f} s in all")
 
 

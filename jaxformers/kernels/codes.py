@@ -65,6 +65,27 @@ def pairs(words: list[jax.Array], bits: int) -> list[tuple[int, int, jax.Array]]
     return out
 
 
+def in_place(words: list[jax.Array], bits: int) -> list[tuple[jax.Array, int]]:
+    """The codes of a word (or of three) where they lie: (array, first bit), always within the lowest 23 bits."""
+    out = []
+    for word in lanes(words) if bits == 3 else words:
+        high = None
+        for bit in range(0, 24 if bits == 3 else 32, bits):
+            if bit + bits <= 23:
+                out.append((word, bit))
+            else:
+                start = bit if high is None else start  # one shift serves all that lie too high
+                high = shift_right(word, start) if high is None else high
+                out.append((high, bit - start))
+    return out
+
+
+def at_bit(word: jax.Array, bit: int, bits: int) -> jax.Array:
+    """The codes at `bit`, times 2^bit, as float32: like :func:`as_float32`, without a shift."""
+    mask = constant((2**bits - 1) << bit)
+    return lax.bitcast_convert_type((word & mask) | constant(0x4B000000), jnp.float32) - jnp.float32(2**23)
+
+
 def as_float32(code: jax.Array) -> jax.Array:
     """Codes below 2^23 as float32, by writing them into the mantissa of 2^23: no conversion instruction."""
     return lax.bitcast_convert_type(code | constant(0x4B000000), jnp.float32) - jnp.float32(2**23)

@@ -26,7 +26,9 @@ from jaxformers.kernels.codes import (
     WORDS,
     as_float32,
     as_halves,
+    at_bit,
     codes,
+    in_place,
     offset_of,
     pairs,
     quotient,
@@ -126,17 +128,22 @@ def _steps(shape: Shape, tile: Tile) -> int:
     return -(-shape.rows // (tile.words * tile.unroll * tile.splits))
 
 
-def _loop(step, init, shape: Shape, tile: Tile):
-    """Run ``step(first word row, carry)`` over this program's part of the inputs."""
-    steps = _steps(shape, tile)
-    first = pl.program_id(2) * steps
+def _first_row(shape: Shape, tile: Tile) -> jax.Array:
+    return pl.program_id(2) * (_steps(shape, tile) * tile.unroll * tile.words)
+
+
+def _loop(step, carry, shape: Shape, tile: Tile):
+    """Run ``step(first row of words, carry)`` over this program's part of the inputs."""
+    first = _first_row(shape, tile)
 
     def body(i, carry):
         for u in range(tile.unroll):
-            carry = step(((first + i) * tile.unroll + u) * tile.words, carry)
+            carry = step(first + (i * tile.unroll + u) * tile.words, carry)
         return carry
 
-    return lax.fori_loop(0, steps, body, init)
+    if _steps(shape, tile) == 1:
+        return body(0, carry)
+    return lax.fori_loop(0, _steps(shape, tile), body, carry)
 
 
 def _tensor_kernel(x_ref, w_ref, s_ref, z_ref, *rest, shape: Shape, tile: Tile):
@@ -191,11 +198,15 @@ def _tensor_kernel(x_ref, w_ref, s_ref, z_ref, *rest, shape: Shape, tile: Tile):
             acc += dot(x, _value(code, scale, zero, shape.ternary).astype(dtype))
         return acc
 
-    def group_by_group(row, acc):
+    def group_levels(row):
         group = part if fold > 1 else jnp.zeros((1,), jnp.int32)
         group = group if shape.groups == 1 else group + quotient(row * per, shape.group)
         mask = along_m(group < shape.groups) & along_n(in_n)
-        scale, zero = _levels(s_ref, z_ref, along_m(group), along_n(cols), mask, shape)
+        return _levels(s_ref, z_ref, along_m(group), along_n(cols), mask, shape)
+
+    def group_by_group(row, carry):
+        acc, scale, zero = carry
+        ahead = group_levels(row + tile.words)  # asked for one step early: nothing else would hide the wait
         words, xs = _load_words(w_ref, row + jnp.arange(tile.words), cols, shape), load_parts(row)
         total = along_m(sum(x.astype(jnp.float32) for x in xs).sum(axis=1))
         offset = offset_of(dtype, shape.bits)
@@ -207,11 +218,14 @@ def _tensor_kernel(x_ref, w_ref, s_ref, z_ref, *rest, shape: Shape, tile: Tile):
                 sums[p] = sums[p] + dot(xs[low], one)
                 sums[p] = sums[p] + dot(xs[high], two)
         if shape.ternary:  # a plane of bits for each level
-            return acc + scale * (sums[0] - offset * total) + zero * (sums[1] - offset * total)
-        return acc + scale * (sums[0] - (zero + offset) * total)
+            return acc + scale * (sums[0] - offset * total) + zero * (sums[1] - offset * total), *ahead
+        return acc + scale * (sums[0] - (zero + offset) * total), *ahead
 
-    step = {"group": group_by_group, "word": word_by_word, "row": row_by_row}[_scaling(shape, tile)]
-    acc = _loop(step, jnp.zeros(size, jnp.float32), shape, tile)
+    acc = jnp.zeros(size, jnp.float32)
+    if _scaling(shape, tile) == "group":
+        acc, _, _ = _loop(group_by_group, (acc, *group_levels(_first_row(shape, tile))), shape, tile)
+    else:
+        acc = _loop(word_by_word if _scaling(shape, tile) == "word" else row_by_row, acc, shape, tile)
     if fold > 1:
         rows = tile.m // fold
         acc = acc.reshape(tile.n, rows, fold).sum(2) if tile.transposed else acc.reshape(rows, fold, tile.n).sum(1)
@@ -220,44 +234,118 @@ def _tensor_kernel(x_ref, w_ref, s_ref, z_ref, *rest, shape: Shape, tile: Tile):
     plgpu.store(y_ref.at[pl.program_id(2), along_m(m_rows), along_n(cols)], acc.astype(y_ref.dtype), mask=mask)
 
 
+def _runs(shape: Shape, tile: Tile) -> int:
+    """How many rows of words in succession are surely of one group, as a power of two that divides a step."""
+    whole = tile.words if shape.groups == 1 else shape.group // shape.per
+    if whole % tile.words == 0:
+        return tile.words
+    return whole if tile.words % whole == 0 else 1
+
+
 def _vector_kernel(x_ref, w_ref, s_ref, z_ref, *rest, shape: Shape, tile: Tile):
     g_ref, y_ref = rest if shape.act_order else (None, *rest)
     per = shape.per
     cols = pl.program_id(1) * tile.n + jnp.arange(tile.n)
+    in_n = cols < shape.n
     m_rows = [pl.program_id(0) * tile.m + i for i in range(tile.m)]
-    per_word = not shape.act_order and (shape.groups == 1 or shape.group % per == 0)
+    zeros = jnp.zeros((tile.words, tile.n), jnp.float32)
 
-    def load_x(k):
-        return [_take(x_ref, (m, k), (k < shape.k) & (m < shape.m)).astype(jnp.float32)[:, None] for m in m_rows]
-
-    def step(row, acc):
+    def load_parts(m, row):
+        """x of one row of the batch for the i-th codes of the words from `row` on, for each i; float32."""
         rows = row + jnp.arange(tile.words)
-        words = _load_words(w_ref, rows, cols, shape)
-        if per_word:  # one scale for all codes of a word
-            if shape.groups == 1:
-                group = jnp.zeros((1,), jnp.int32)
-            else:
-                whole = shape.group % (tile.words * per) == 0  # the step lies within one group
-                group = quotient((jnp.full((1,), row, jnp.int32) if whole else rows) * per, shape.group)
-            mask = (group < shape.groups)[:, None] & (cols < shape.n)[None, :]
-            scale, zero = _levels(s_ref, z_ref, group[:, None], cols[None, :], mask, shape)
-            one, two = (scale, zero) if shape.ternary else (1.0, zero)
-        sums = [jnp.zeros((tile.words, tile.n), jnp.float32)] * tile.m
-        for i, code in enumerate(codes(words, shape.bits)):
-            k = rows * per + i
-            if not per_word:
-                group = _take(g_ref, (k,), k < shape.k) if shape.act_order else quotient(k, shape.group)
-                mask = (k < shape.k)[:, None] & (cols < shape.n)[None, :]
-                one, two = _levels(s_ref, z_ref, group[:, None], cols[None, :], mask, shape)
-            value = as_float32(code) - two if per_word and not shape.ternary else _value(code, one, two, shape.ternary)
-            sums = [s + x * value for s, x in zip(sums, load_x(k))]
-        return tuple(a + (scale * s if per_word and not shape.ternary else s) for a, s in zip(acc, sums))
+        if tile.x_load == "split":
+            k = row * per + jnp.arange(tile.words * per)
+            x = _take(x_ref, (m, k), (k < shape.k) & (m < shape.m)).reshape(tile.words, per)
+            parts = [p.reshape(tile.words) for p in lax.split(x, (1,) * per, axis=1)]
+        else:
+            ks = [rows * per + i for i in range(per)]
+            parts = [_take(x_ref, (m, k), (k < shape.k) & (m < shape.m)) for k in ks]
+        return [p.astype(jnp.float32) for p in parts]
 
-    zero = jnp.zeros((tile.words, tile.n), jnp.float32)
-    acc = _loop(step, (zero,) * tile.m, shape, tile)
-    for m, a in zip(m_rows, acc):
-        y = a.sum(axis=0).astype(y_ref.dtype)
-        plgpu.store(y_ref.at[pl.program_id(2), m, cols], y, mask=(cols < shape.n) & (m < shape.m))
+    def by_row(row, carry):
+        acc, rest = carry
+        rows = row + jnp.arange(tile.words)
+        xs = [load_parts(m, row) for m in m_rows]
+        for i, code in enumerate(codes(_load_words(w_ref, rows, cols, shape), shape.bits)):
+            k = rows * per + i
+            group = _take(g_ref, (k,), k < shape.k) if shape.act_order else quotient(k, shape.group)
+            mask = (k < shape.k)[:, None] & in_n[None, :]
+            value = _value(code, *_levels(s_ref, z_ref, group[:, None], cols[None, :], mask, shape), shape.ternary)
+            acc = tuple(a + x[i][:, None] * value for a, x in zip(acc, xs))
+        return acc, rest
+
+    def by_word(row, carry):
+        """One scale for all codes of a word; zeros enter by the sums of x over groups."""
+        acc, rest = carry
+        words = _load_words(w_ref, row + jnp.arange(tile.words), cols, shape)
+        runs = _runs(shape, tile)
+        count = tile.words // runs
+        group = quotient((row + jnp.arange(count) * runs) * per, shape.group)
+        mask = (group < shape.groups)[:, None] & in_n[None, :]
+        scale, zero = _levels(s_ref, z_ref, group[:, None], cols[None, :], mask, shape)
+        spread = lambda table: jnp.broadcast_to(table[:, None, :], (count, runs, tile.n)).reshape(tile.words, tile.n)
+        if count == 1:
+            scales, levels = scale, zero
+        else:
+            rows = quotient((row + jnp.arange(tile.words)) * per, shape.group)
+            mask = (rows < shape.groups)[:, None] & in_n[None, :]
+            scales = _take(s_ref, (rows[:, None], cols[None, :]), mask).astype(jnp.float32)
+            levels = spread(zero) if shape.ternary else None
+        new, more = [], []
+        for a, r, m in zip(acc, rest, m_rows):
+            xs = load_parts(m, row)
+            sums, others, total = zeros, zeros, jnp.zeros((tile.words,), jnp.float32)
+            for x, (word, bit) in zip(xs, in_place(words, shape.bits)):
+                scaled = (x * 2.0**-bit)[:, None]
+                if shape.ternary:
+                    sums = sums + scaled * at_bit(word, bit, 1)
+                    others = others + (0.5 * scaled) * at_bit(word, bit + 1, 1)
+                else:
+                    sums = sums + scaled * at_bit(word, bit, shape.bits)
+                    total = total + x
+            new.append(a + scales * sums + (levels * others if shape.ternary else 0.0))
+            if not shape.ternary:
+                r = r + (scale * zero * total.reshape(count, runs).sum(axis=1)[:, None]).sum(axis=0)
+            more.append(r)
+        return tuple(new), tuple(more)
+
+    by = by_row if shape.act_order or (shape.groups > 1 and shape.group % per) else by_word
+    start = (zeros,) * tile.m, (jnp.zeros((tile.n,), jnp.float32),) * tile.m
+    for m, a, r in zip(m_rows, *_loop(by, start, shape, tile)):
+        y = (a.sum(axis=0) - r).astype(y_ref.dtype)
+        plgpu.store(y_ref.at[pl.program_id(2), m, cols], y, mask=in_n & (m < shape.m))
+
+
+def _dequantise_kernel(w_ref, s_ref, z_ref, *rest, shape: Shape, tile: Tile):
+    g_ref, y_ref = rest if shape.act_order else (None, *rest)
+    per = shape.per
+    rows = pl.program_id(0) * tile.words + jnp.arange(tile.words)
+    cols = pl.program_id(1) * tile.n + jnp.arange(tile.n)
+    by_word = not shape.act_order and (shape.groups == 1 or shape.group % per == 0)
+
+    def levels(k):
+        group = _take(g_ref, (k,), k < shape.k) if shape.act_order else quotient(k, shape.group)
+        mask = (k < shape.k)[:, None] & (cols < shape.n)[None, :]
+        return _levels(s_ref, z_ref, group[:, None], cols[None, :], mask, shape)
+
+    once = levels(rows * per) if by_word else None
+    for i, code in enumerate(codes(_load_words(w_ref, rows, cols, shape), shape.bits)):
+        k = rows * per + i
+        value = _value(code, *(once or levels(k)), shape.ternary).astype(y_ref.dtype)
+        plgpu.store(y_ref.at[k[:, None], cols[None, :]], value, mask=(k < shape.k)[:, None] & (cols < shape.n)[None, :])
+
+
+def dequantise(words, scales, zeros, g_idx, shape: Shape, dtype, tile: Tile, interpret: bool = False) -> jax.Array:
+    """The packed matrix as (k, n) in `dtype`: what the definition gives, at the speed of the memory."""
+    operands = (words, scales, zeros) + ((g_idx,) if shape.act_order else ())
+    return pl.pallas_call(
+        functools.partial(_dequantise_kernel, shape=shape, tile=tile),
+        out_shape=jax.ShapeDtypeStruct((shape.k, shape.n), dtype),
+        grid=(-(-shape.rows // tile.words), -(-shape.n // tile.n)),
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=interpret,
+        name=f"lowbit_dequantise_{shape.bits}_bits",
+    )(*operands)
 
 
 def matmul(x, words, scales, zeros, g_idx, shape: Shape, tile: Tile, interpret: bool = False) -> jax.Array:
