@@ -111,9 +111,9 @@ def product_by(tile, shape: Shape):
     """(x, words, scales, zeros, g_idx) -> product, by a kernel with `tile`, or by ("dequantise", tile) and a dot."""
     if not isinstance(tile, tuple):
         return lambda x, *w: gpu.matmul(x, *w, shape, tile, interpret=INTERPRET)
-    precision = jax.lax.Precision.HIGHEST
 
     def product(x, *w):
+        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         return jnp.dot(x, gpu.dequantise(*w, shape, x.dtype, tile[1], interpret=INTERPRET), precision=precision)
 
     return product
@@ -160,7 +160,7 @@ def dense_seconds(m: int, k: int) -> float:
 
 
 def parity(log: Log) -> None:
-    """Every kernel, kind of weight, dtype and way of scaling against the definition in float64, on the device itself."""
+    """Every kernel, kind of weight, dtype and way of scaling against the definition in float64, on this device."""
     T = gpu.Tile
     tiles = {
         "vector": T(m=1, n=32, words=64, vector=True),
@@ -213,9 +213,7 @@ def parity(log: Log) -> None:
             reason = f"{type(e).__name__}: {str(e)[:300]!r}"
         failed += 1
         log(f"PARITY FAILED {kind} {name} {dtype} (m, k, n, group, act_order)={sizes}: {reason}")
-    log(
-        f"parity: {len(cases)} cases, {failed} failed, {late} not done, {time.monotonic() - START:.0f} s; worst by kernel:"
-    )
+    log(f"parity: {len(cases)} cases, {failed} failed, {late} not done, {time.monotonic() - START:.0f} s; worst:")
     log("; ".join(f"{name} {dtype} {error:.1e}" for (name, dtype), error in sorted(worst.items())))
 
 
