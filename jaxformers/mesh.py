@@ -19,6 +19,7 @@ All may be combined. Pipelines (layers on different devices) are not supported.
 """
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -182,7 +183,8 @@ def constrained(apply: Callable, mesh: Mesh, rules: Mapping[str, tuple[str, ...]
     Left alone, the partitioner follows the width that ``fsdp`` cuts the embedding table along: it then sums activations
     in every layer instead of gathering weights. With an axis ``sequence`` they are cut along the length as well. An
     axis that the mesh does not divide stays as it is. For the same reason embedding tables are gathered along the width
-    before they are looked up: rows of a table in pieces would have to be put together for the whole batch.
+    before they are looked up: rows of a table in pieces would have to be put together for the whole batch. Modules that
+    place their own work, such as :class:`jaxformers.nn.Experts`, ask :func:`current` for the mesh.
     """
 
     ways = batch_ways(mesh, rules)
@@ -203,6 +205,31 @@ def constrained(apply: Callable, mesh: Mesh, rules: Mapping[str, tuple[str, ...]
     edited = sites.edit(apply, {"**embeddings": held, "**layers.*.output": held})
 
     def applied(params: Any, *args: Any, **kwargs: Any) -> Any:
-        return edited(jax.tree_util.tree_map_with_path(whole_rows, params), *args, **kwargs)
+        outer, _local.here = _local.here, (mesh, rules)
+        try:
+            return edited(jax.tree_util.tree_map_with_path(whole_rows, params), *args, **kwargs)
+        finally:
+            _local.here = outer
 
     return applied
+
+
+class _Local(threading.local):  # tracing may run in several threads at once
+    here: tuple[Mesh, Mapping[str, tuple[str, ...]]] | None = None
+
+
+_local = _Local()  # set only while a constrained function is traced
+
+
+def current() -> Mesh | None:
+    """The mesh of the :func:`constrained` function that is being traced."""
+    return None if _local.here is None else _local.here[0]
+
+
+def cut(axis: str, size: int) -> tuple[str, ...]:
+    """The axes of the :func:`current` mesh that a logical ``axis`` of ``size`` is cut along; none without a mesh."""
+    if _local.here is None:
+        return ()
+    names = _cut(_local.here[0], axis, size, _local.here[1])
+    names = names if isinstance(names, tuple) else (() if names is None else (names,))
+    return tuple(name for name in names if _local.here[0].shape[name] > 1)

@@ -7,13 +7,16 @@
 (arXiv 2101.03961 with k = 1; Mixtral, arXiv 2401.04088; DeepSeek-V3, arXiv 2412.19437, equations 12–16.)
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxformers.mesh import current, cut
 from jaxformers.nn.linear import Linear
 from jaxformers.nn.mlp import MLP, activation
 from jaxformers.sites import site, wanted
@@ -117,6 +120,9 @@ class Experts(nnx.Module):
     a decoding step); or tokens are sorted by expert and each expert multiplies its own (``jax.lax.ragged_dot``); or all
     experts see all tokens and the rest is masked, on CPUs, which have no fast ragged product, and wherever
     the site is used. Site ``hidden`` (B, L, k, hidden): what enters the chosen experts' ``down``.
+
+    Under :func:`jaxformers.mesh.constrained` each device takes the experts that its part of the mesh axis "expert"
+    holds and the tokens of its part of the batch; what they give is summed over that axis, and no expert moves.
     """
 
     def __init__(
@@ -148,19 +154,11 @@ class Experts(nnx.Module):
         """``Σ_j gates[…, j] · MLP_{ids[…, j]}(x)``; the ids of one token differ from each other."""
         layers = {"gate": self.gate, "up": self.up, "down": self.down}
         kernels = {name: layer.arrays(x.dtype) for name, layer in layers.items() if layer is not None}
-        batch, length, width = x.shape
-        k, experts = ids.shape[-1], self.up.kernel.get_value().shape[0]
-        flat = (x.reshape(-1, width), ids.reshape(-1, k), gates.reshape(-1, k).astype(x.dtype), kernels)
-        if wanted(f"{self.path}.hidden"):
-            offer = lambda h: site(f"{self.path}.hidden", h.reshape(batch, length, k, -1)).reshape(h.shape)
-            y = _masked(*flat, self.act, offer)
-        elif batch * length * k * 4 <= experts:
-            y = _gathered(*flat, self.act)
-        else:
-            y = jax.lax.platform_dependent(
-                *flat, cpu=lambda *a: _masked(*a, self.act), default=lambda *a: _sorted(*a, self.act)
-            )
-        return y.reshape(x.shape)
+        gates = gates.astype(x.dtype)
+        if not wanted(f"{self.path}.hidden"):
+            return _spread(lambda *part: _flat(_fastest, *part, self.act), x, ids, gates, kernels)
+        offer = lambda h: site(f"{self.path}.hidden", h.reshape(*ids.shape, -1)).reshape(h.shape)
+        return _flat(partial(_masked, offer=offer), x, ids, gates, kernels, self.act)
 
 
 class MoE(nnx.Module):
@@ -215,7 +213,47 @@ class MoE(nnx.Module):
         return y if self.shared is None else y + self.shared(x)
 
 
+def _spread(compute: Any, x: Array, ids: Array, gates: Array, kernels: dict[str, Any]) -> Array:
+    """``compute`` on each device's own tokens and experts, where a mesh is known; elsewhere simply ``compute``.
+
+    Of a token's ids those of other devices' experts become E, one beyond the last, with a gate of 0.
+    """
+    mesh, experts = current(), kernels["up"][0].shape[0]
+    batch, expert = (cut(axis, size) for axis, size in (("batch", x.shape[0]), ("expert", experts)))
+    if not batch and not expert:
+        return compute(x, ids, gates, kernels)
+
+    def own(x: Array, ids: Array, gates: Array, kernels: dict[str, Any]) -> Array:
+        if not expert:
+            return compute(x, ids, gates, kernels)
+        held = kernels["up"][0].shape[0]
+        ids = ids - jax.lax.axis_index(expert) * held
+        mine = (ids >= 0) & (ids < held)
+        y = compute(x, jnp.where(mine, ids, held), jnp.where(mine, gates, 0), kernels)
+        return jax.lax.psum(y, expert)
+
+    tokens, weights = PartitionSpec(batch or None), PartitionSpec(expert or None)
+    specs, axes = (tokens, tokens, tokens, weights), {*batch, *expert}
+    return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=tokens, axis_names=axes, check_vma=False)(
+        x, ids, gates, kernels
+    )
+
+
+def _flat(compute: Any, x: Array, ids: Array, gates: Array, kernels: dict[str, Any], act: str) -> Array:
+    """``compute`` with batch and length as one axis of tokens."""
+    k = ids.shape[-1]
+    return compute(x.reshape(-1, x.shape[-1]), ids.reshape(-1, k), gates.reshape(-1, k), kernels, act).reshape(x.shape)
+
+
+def _fastest(x: Array, ids: Array, gates: Array, kernels: dict[str, Any], act: str) -> Array:
+    if ids.size * 4 <= kernels["up"][0].shape[0]:
+        return _gathered(x, ids, gates, kernels, act)
+    ways = {"cpu": lambda *a: _masked(*a, act), "default": lambda *a: _sorted(*a, act)}
+    return jax.lax.platform_dependent(x, ids, gates, kernels, **ways)
+
+
 # ---- three ways to the same sum; x (T, width), ids and gates (T, k), kernels {name: (kernel, bias)} ------------------
+# An id of E, one beyond the last expert, stands for one that is not here; its gate is 0.
 
 
 def _hidden(kernels: dict[str, Any], act: str, product: Any) -> Array:
@@ -226,6 +264,8 @@ def _hidden(kernels: dict[str, Any], act: str, product: Any) -> Array:
 
 
 def _gathered(x: Array, ids: Array, gates: Array, kernels: dict[str, Any], act: str) -> Array:
+    ids = jnp.minimum(ids, kernels["up"][0].shape[0] - 1)
+
     def product(kernel: Array, bias: Array | None) -> Array:
         y = jnp.einsum("td,tkdh->tkh", x, kernel[ids])
         return y if bias is None else y + bias[ids]
@@ -258,13 +298,14 @@ def _sorted(x: Array, ids: Array, gates: Array, kernels: dict[str, Any], act: st
     k, experts = ids.shape[1], kernels["up"][0].shape[0]
     flat = ids.reshape(-1)
     order = jnp.argsort(flat, stable=True)
-    sizes = jnp.bincount(flat, length=experts).astype(jnp.int32)
+    sizes = (flat[:, None] == jnp.arange(experts)).sum(axis=0, dtype=jnp.int32)
 
     def linear(x: Array, kernel: Array, bias: Array | None) -> Array:
         y = jax.lax.ragged_dot(x, kernel, sizes)
-        return y if bias is None else y + bias[flat[order]]
+        return y if bias is None else y + bias[jnp.minimum(flat[order], experts - 1)]
 
     own = x[order // k]
     hidden = _hidden(kernels, act, lambda *layer: linear(own, *layer))
     y = linear(hidden, *kernels["down"]) * gates.reshape(-1)[order, None]
+    y = jnp.where((flat[order] < experts)[:, None], y, 0)  # behind the last group a ragged product promises nothing
     return jnp.zeros_like(x).at[order // k].add(y)

@@ -1,6 +1,7 @@
 """DeepSeek-V3 against Hugging Face on tiny models: every array, both forms of decoding, and all layouts of experts."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 import jaxformers as jf
 from jaxformers.losses import cross_entropy
-from jaxformers.mesh import sharding
+from jaxformers.mesh import constrained, sharding, shardings
 from jaxformers.models import deepseek_v3
+from jaxformers.nn import experts
 from jaxformers.safetensors_io import CheckpointError
 
 CASES = ("dense_mla", "moe_mla")
@@ -241,6 +243,30 @@ def test_experts_on_devices_of_their_own(oracles):
     assert up.sharding == sharding(mesh, "layers.1.mlp.experts.up.kernel", up.shape)
     assert {s.data.shape for s in up.addressable_shards} == {(2, 16, 24)}
     assert_close(jax.jit(apply)(params, batch_of(expected)).logits, run(model, batch_of(expected)).logits, 1e-5)
+
+
+@eight
+@pytest.mark.parametrize(("shape", "moved"), [("expert=8", 0), ("fsdp=2,expert=4", None), ("data=2,expert=2", None)])
+@pytest.mark.parametrize("way", ["_fastest", "_sorted", "_gathered"])
+def test_experts_stay_where_they_are(shape, moved, way, oracles, monkeypatch):
+    model, expected = load(oracles, "moe_mla")
+    apply, params = jf.functional(model)
+    batch = {name: np.concatenate([value] * 2) for name, value in batch_of(expected).items()}
+    loss = lambda apply: lambda params: jnp.square(apply(params, batch).logits).mean()
+    expected_logits = jax.jit(apply)(params, batch).logits
+    expected_grads = jax.jit(jax.grad(loss(apply)))(params) if way == "_sorted" else None
+    monkeypatch.setattr(experts, "_fastest", getattr(experts, way))
+    mesh = jf.mesh(shape)
+    held, placed = constrained(apply, mesh), jax.device_put(params, shardings(mesh, params))
+    program = jax.jit(held).lower(placed, batch).compile()
+    assert_close(program(placed, batch).logits, expected_logits, 1e-5)
+    if moved is not None:  # one sum over the axis, and no weights sent around
+        count = lambda kind: len(re.findall(rf"= \S+ {kind}(?:-start)?\(", program.as_text()))
+        assert (count("all-reduce"), count("all-gather"), count("all-to-all")) == (1, moved, 0)
+    if expected_grads is not None:
+        found = jax.jit(jax.grad(loss(held)))(placed)
+        for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected_grads), strict=True):
+            assert_close(ours, theirs, 1e-5 * float(np.abs(theirs).max()) + 1e-9)
 
 
 def test_balance_of_experts_from_sites(oracles):
