@@ -27,6 +27,9 @@ def test_hugging_face_reads_what_is_written_here(name, oracles, tmp_path):
     unread = {"decoder.lm_head.bias"} if name == "ved-roberta" else set()  # a bias without use
     assert set(report["missing_keys"]) <= unread and not report["unexpected_keys"] and not report["mismatched_keys"]
     inputs, expected = read(folder)
+    if name == "ved-trocr-sines":  # its table of sines has no data after from_pretrained, which is no weight's fault
+        positions = model.decoder.model.decoder.embed_positions
+        positions.weights = positions.get_embedding(*positions.weights.shape, positions.padding_idx)
     for key, value in freeze_mixed.run(model.eval(), inputs).items():
         assert_close_scaled(value, expected[key], 1e-5, real(key, value, inputs))
 
