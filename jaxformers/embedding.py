@@ -1,4 +1,4 @@
-"""Texts to sentence embeddings, fast: `embed`.
+"""Texts to sentence embeddings, fast: `embed`; images too.
 
 Every distinct text is encoded once. Texts are sorted by their length in tokens and cut into batches, each padded to one
 of a few bucket lengths, so that little is computed on padding and few shapes are compiled. Compiled programs belong to
@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
+from jaxtyping import Array, Float
 
 from jaxformers import surgery
 from jaxformers.mesh import batch_sharding
 from jaxformers.nn import SentenceHead, new_sentence_head
 from jaxformers.nn.pooling import MODES
+from jaxformers.nn.pooling import normalize as unit_rows
 
 if TYPE_CHECKING:
     from jaxformers.data.tokenizers import Tokenizer
@@ -32,8 +34,9 @@ TEXTS_AT_A_TIME = 1 << 15  # tokenized together: sorting works within them, and 
 
 def embed(
     model: nnx.Module,
-    texts: Sequence[str],
+    texts: Sequence[str] | None = None,
     *,
+    pixel_values: Float[Array, "images channels height width"] | None = None,
     tokenizer: Tokenizer | None = None,
     batch_size: int = 128,
     max_length: int | None = None,
@@ -41,7 +44,7 @@ def embed(
     normalize: bool | None = None,
     dtype: Any = None,
 ) -> np.ndarray:
-    """n texts -> (n, D) float32 sentence embeddings, in the order given.
+    """n texts -> (n, D) float32 sentence embeddings, in the order given; or images, given as ``pixel_values``.
 
     Pooling, projection and normalisation are those of the checkpoint (`1_Pooling/config.json` and its like); a model
     without a sentence head, encoder or decoder, gets the mean of the last hidden states over real tokens. `pooling`
@@ -50,24 +53,84 @@ def embed(
     and never more than the model has positions for. `dtype`, such as "bfloat16", is what is computed in; by default
     that of the weights.
 
-    Raises ValueError: texts that are no sequence of strings, settings out of range, no tokenizer, or embeddings that
-    are not finite.
+    An image's embedding is what the model pools it to. CLIP embeds texts and images by its own poolings and
+    projections, into one space and to unit length.
+
+    Raises ValueError: texts that are no sequence of strings, images of another layout, a model that pools none,
+    settings out of range, no tokenizer, or embeddings that are not finite.
     """
     if pooling is not None and pooling not in MODES:
         raise ValueError(f"pooling={pooling!r}: expected one of {', '.join(MODES)}")
+    if (texts is None) == (pixel_values is None):
+        raise ValueError("texts, pixel_values: give exactly one of the two")
+    joint = getattr(model, "joint", False)
+    if joint and (pooling is not None or normalize is not None):
+        raise ValueError(
+            f"pooling, normalize: {type(model).__name__} embeds by its own, to unit length; leave them out"
+        )
+    if pixel_values is not None:
+        if pooling is not None:
+            raise ValueError("pooling: for texts; a model of images has its own")
+        found = forward_images(model, pixel_values, batch_size=batch_size, dtype=dtype)
+        return _finite(np.array(unit_rows(found)) if normalize else found, "pixel_values")
     model = surgery.copy(model)
-    if model.head_name != "sentence":
-        new_sentence_head(model, pooling="mean", rngs=nnx.Rngs(0))
-    head: SentenceHead = model.head
-    head.pooling = head.pooling if pooling is None else pooling
-    head.normalize = head.normalize if normalize is None else bool(normalize)
+    if not joint:
+        if model.head_name != "sentence":
+            new_sentence_head(model, pooling="mean", rngs=nnx.Rngs(0))
+        head: SentenceHead = model.head
+        head.pooling = head.pooling if pooling is None else pooling
+        head.normalize = head.normalize if normalize is None else bool(normalize)
     found = forward_texts(
         model, texts, "pooled", tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, dtype=dtype
     )
+    return _finite(found, "texts")
+
+
+def _finite(found: np.ndarray, what: str) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
     if len(bad):
-        raise ValueError(f"model: the embedding of texts[{bad[0]}] is not finite; the weights overflow or hold NaN")
+        raise ValueError(f"model: the embedding of {what}[{bad[0]}] is not finite; the weights overflow or hold NaN")
     return found
+
+
+def forward_images(
+    model: nnx.Module,
+    pixel_values: Float[Array, "images channels height width"],
+    *,
+    batch_size: int = 128,
+    dtype: Any = None,
+) -> np.ndarray:
+    """(n, D) float32: what the model pools each image to. Raises ValueError as `embed` does."""
+    if "pixel_values" not in inspect.signature(type(model).__call__).parameters:
+        raise ValueError(f"pixel_values: {type(model).__name__} reads no images")
+    pixel_values = np.asarray(pixel_values)
+    if pixel_values.ndim != 4 or pixel_values.dtype.kind != "f":
+        raise ValueError(
+            f"pixel_values: expected floating-point numbers (images, channels, height, width), got "
+            f"{pixel_values.dtype} of shape {pixel_values.shape}"
+        )
+    _check_batch_size(batch_size)
+    graph, params, put, ways = _prepare(model, dtype)
+    waiting = []  # the device works on while the next batches are cut
+    for start in range(0, max(len(pixel_values), 1), batch_size):  # none: one batch tells the width
+        part = pixel_values[start : start + batch_size]
+        padded = np.zeros((_rows(len(part), batch_size, ways), *part.shape[1:]), part.dtype)
+        padded[: len(part)] = part
+        waiting.append((len(part), _forward(graph, params, put({"pixel_values": padded}), output="pooled")))
+    if waiting[0][1] is None:
+        raise ValueError(f"model: head {model.head_name!r} of {type(model).__name__} pools no image")
+    return np.concatenate([np.asarray(values, np.float32)[:rows] for rows, values in waiting])
+
+
+def _rows(rows: int, batch_size: int, ways: int) -> int:
+    """The number of rows that is compiled for: every device gets as many."""
+    size = min(max(8, 1 << max(rows - 1, 0).bit_length()), batch_size)
+    return -(-size // ways) * ways
+
+
+def _check_batch_size(batch_size: Any) -> None:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r}: expected a whole number of 1 or more")
 
 
 def forward_texts(
@@ -90,8 +153,7 @@ def forward_texts(
     pairs = None if pairs is None else _strings(pairs, "pairs")
     if pairs is not None and len(pairs) != len(texts):
         raise ValueError(f"pairs: {len(pairs)} for {len(texts)} texts")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: expected a whole number of 1 or more")
+    _check_batch_size(batch_size)
     tokenizer = _tokenizer(model) if tokenizer is None else tokenizer
     limit = _limit(model, tokenizer, max_length)
     place: dict[Any, int] = {}
@@ -165,8 +227,7 @@ def _batches(
         rows = order[:batch_size]
         rows = rows[2 * widths[rows] >= width]  # texts of less than half the length wait for a batch of their own
         order = order[len(rows) :]
-        size = min(max(8, 1 << (len(rows) - 1).bit_length()), batch_size)
-        size = -(-size // ways) * ways  # every device gets as many rows
+        size = _rows(len(rows), batch_size, ways)
         batch = {}
         for name, values in arrays.items():
             padded = np.full((size, width), tokenizer.pad_id if name == "input_ids" else 0, np.int32)

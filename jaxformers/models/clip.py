@@ -44,6 +44,10 @@ class Config:
         hf.pop("text_config_dict", None)
         return {**hf, "vision_config": self.vision.to_hf(), "text_config": self.text.to_hf()}
 
+    @property
+    def max_position_embeddings(self) -> int:
+        return self.text.max_position_embeddings
+
 
 def _section(hf: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A tower's settings. Early writers repeat them under ``…_config_dict``, which wins, its defaults too."""
@@ -56,6 +60,8 @@ class Clip(nnx.Module):
 
     Head: image_classification, of the mean over patches; such a model has the vision tower alone.
     """
+
+    joint = True  # jf.embed puts texts and images into one space
 
     def __init__(self, config: Config, *, head: str | None = None, rngs: nnx.Rngs):
         self.path, self.source, self.surgery = "", None, ()
@@ -85,9 +91,10 @@ class Clip(nnx.Module):
         rngs: jax.Array | None = None,
     ) -> nn.Output:
         """Texts, images, or both. ``extra``: ``image_embeds`` (images, D) and ``text_embeds`` (texts, D) of unit
-        length, and the towers' own outputs, ``vision_model_output`` and ``text_model_output``. With both there are
-        ``logits`` (images, texts), and ``extra["logits_per_text"]``, their transpose. The loss that CLIP was trained
-        with is :func:`jaxformers.losses.info_nce` of the two with the model's ``logit_scale``."""
+        length (``pooled``, where one is asked for alone), and the towers' own outputs, ``vision_model_output`` and
+        ``text_model_output``. With both there are ``logits`` (images, texts), and ``extra["logits_per_text"]``, their
+        transpose. The loss that CLIP was trained with is :func:`jaxformers.losses.info_nce` of the two with the model's
+        ``logit_scale``."""
         vision_key, text_key, head_key = nn.split(rngs, 3)
         if self.head_name == "image_classification":
             if pixel_values is None or input_ids is not None:
@@ -106,7 +113,7 @@ class Clip(nnx.Module):
             embeds = nn.normalize(self.text_projection(read.pooled))
             extra |= {"text_model_output": read, "text_embeds": embeds}
         if len(extra) < 4:
-            return nn.Output(extra=extra)
+            return nn.Output(pooled=embeds, extra=extra)
         scale = jnp.exp(self.logit_scale.get_value())
         cosines = jnp.matmul(extra["image_embeds"], extra["text_embeds"].T, precision="highest")
         logits = cosines * scale.astype(cosines.dtype)

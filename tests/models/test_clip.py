@@ -136,3 +136,46 @@ def test_parts_lie_on_a_mesh_as_everywhere(model, batch, folder):
     kernel = cut.text.layers[0].attention.query.kernel.get_value()
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "tensor")
     assert_close(run(cut, batch).logits, run(model, batch).logits, TOLERANCE)
+
+
+class Words:
+    """A tokenizer of one-letter words, as jf.embed asks for one."""
+
+    max_length, pad_id = 16, 59
+
+    def __call__(self, texts, pairs, max_length, padding_side):
+        rows = [[1, *(ord(word) % 50 + 2 for word in text.split()), 59][:max_length] for text in texts]
+        length = max(map(len, rows))
+        ids = np.array([row + [59] * (length - len(row)) for row in rows])
+        mask = np.array([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": 0 * mask}
+
+
+def test_embed_puts_texts_and_images_into_one_space(model, batch, expected):
+    images = jf.embed(model, pixel_values=batch["pixel_values"])
+    assert_close(images, expected["image_embeds"], TOLERANCE)
+    many = np.concatenate([batch["pixel_values"]] * 5)
+    assert_close(jf.embed(model, pixel_values=many, batch_size=3), np.concatenate([images] * 5), TOLERANCE)
+    texts = ["a b c", "q", "a b c d e f g h i j"]
+    found = jf.embed(model, texts, tokenizer=Words())
+    one = lambda text: run(model, {"input_ids": Words()([text], None, 16, "right")["input_ids"]}).extra["text_embeds"]
+    assert_close(found, np.concatenate([one(text) for text in texts]), TOLERANCE)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
+    assert jf.embed(model, pixel_values=many[:0]).shape == (0, 20)
+
+
+def test_embed_of_images_by_other_models(model, batch):
+    pooled = run(jf.with_params(model.vision, jf.functional(model.vision)[1]), {"pixel_values": batch["pixel_values"]})
+    found = jf.embed(model.vision, pixel_values=batch["pixel_values"])
+    assert_close(found, pooled.pooled, TOLERANCE)
+    unit = jf.embed(model.vision, pixel_values=batch["pixel_values"], normalize=True)
+    assert_close(unit, found / np.linalg.norm(found, axis=1, keepdims=True), TOLERANCE)
+    for call, message in (
+        (lambda: jf.embed(model), "texts, pixel_values: give exactly one"),
+        (lambda: jf.embed(model, pixel_values=batch["pixel_values"], normalize=True), "pooling, normalize: Clip embeds by its own"),
+        (lambda: jf.embed(model, pixel_values=batch["pixel_values"][0]), r"pixel_values: expected .*\(images"),
+        (lambda: jf.embed(model.text, pixel_values=batch["pixel_values"]), "pixel_values: ClipText reads no images"),
+        (lambda: jf.embed(model, pixel_values=batch["pixel_values"], batch_size=0), "batch_size=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
