@@ -172,7 +172,10 @@ def test_embed_of_images_by_other_models(model, batch):
     assert_close(unit, found / np.linalg.norm(found, axis=1, keepdims=True), TOLERANCE)
     for call, message in (
         (lambda: jf.embed(model), "texts, pixel_values: give exactly one"),
-        (lambda: jf.embed(model, pixel_values=batch["pixel_values"], normalize=True), "pooling, normalize: Clip embeds by its own"),
+        (
+            lambda: jf.embed(model, pixel_values=batch["pixel_values"], normalize=True),
+            "normalize: Clip embeds by its own",
+        ),
         (lambda: jf.embed(model, pixel_values=batch["pixel_values"][0]), r"pixel_values: expected .*\(images"),
         (lambda: jf.embed(model.text, pixel_values=batch["pixel_values"]), "pixel_values: ClipText reads no images"),
         (lambda: jf.embed(model, pixel_values=batch["pixel_values"], batch_size=0), "batch_size=0"),
