@@ -28,6 +28,7 @@ from jaxformers.nn.norms import BatchNorm, LayerNorm, RMSNorm, follow, followed
 from jaxformers.nn.output import Output
 from jaxformers.nn.pooling import normalize, pool
 from jaxformers.nn.positions import Rotary, relative_buckets, rotary_from_hf, rotary_table, rotary_to_hf, rotate
+from jaxformers.nn.rolling import Rolling
 from jaxformers.nn.seq2seq import Memory, memory_cache, memory_context, shift_right
 from jaxformers.nn.stages import Stages
 from jaxformers.nn.vision import (
@@ -44,7 +45,7 @@ __all__ = [
     "POOLS", "GraphBlock", "followed", "graph_pool",
     "NO_CROSS_ATTENTION",
     "ExpertLinear", "Experts", "Latent", "LatentAttention", "MoE", "balance_loss", "check_routing", "route",
-    "Memory", "WithMemory", "memory_cache", "memory_context", "shift_right",
+    "Memory", "Rolling", "WithMemory", "memory_cache", "memory_context", "shift_right",
     "BatchNorm", "GridBias", "ImageEmbeddings", "PatchMerging", "Stages", "WindowAttention", "drop_path_rates",
     "follow", "offsets", "pixel_shuffle", "resize",
     "Adapter", "Attention", "Block", "Cache", "CausalLMHead", "ClassificationHead", "Conv", "Embed", "Embeddings",

@@ -17,6 +17,7 @@ from jaxformers.nn.cache import Cache, KeyValue, extend
 from jaxformers.nn.dropout import dropout, split
 from jaxformers.nn.linear import Linear
 from jaxformers.nn.positions import rotate
+from jaxformers.nn.rolling import Rolling
 from jaxformers.sites import site, wanted
 
 MASKED = -1e30  # added to the score of a key that is not to be seen: swallows any score, and overflows with none
@@ -209,10 +210,11 @@ class Attention(nnx.Module):
         out_bias = bias if out_bias is None else out_bias
         self.out = Linear(heads * self.size, width, bias=out_bias, std=std, rngs=rngs)
 
-    def empty_cache(self, batch: int, slots: int, dtype: jnp.dtype) -> KeyValue:
-        """Storage for ``slots`` keys and values."""
-        zeros = jnp.zeros((batch, self.kv_heads, slots, self.size), dtype)
-        return KeyValue(zeros, zeros)
+    def empty_cache(self, batch: int, slots: int, dtype: jnp.dtype) -> KeyValue | Rolling:
+        """Storage for ``slots`` keys and values; with a window, for no more than it."""
+        rolling = self.window is not None and self.window < slots
+        zeros = jnp.zeros((batch, self.kv_heads, self.window if rolling else slots, self.size), dtype)
+        return Rolling(zeros, zeros) if rolling else KeyValue(zeros, zeros)
 
     def remember(self, memory: Float[Array, "batch keys memory_width"]) -> KeyValue:
         """The keys and values of an encoder's output, to be computed once for all steps of a decoder."""
@@ -231,11 +233,11 @@ class Attention(nnx.Module):
         mask: Mask | None = None,
         bias: jax.Array | None = None,
         rotary: tuple[jax.Array, jax.Array] | None = None,
-        cache: KeyValue | None = None,
+        cache: KeyValue | Rolling | None = None,
         memory: Float[Array, "batch keys memory_width"] | KeyValue | None = None,
         grid: tuple[int, int] | None = None,
         key: jax.Array | None = None,
-    ) -> tuple[Float[Array, "batch length width"], KeyValue | None]:
+    ) -> tuple[Float[Array, "batch length width"], KeyValue | Rolling | None]:
         """Attend from ``x`` to itself, to ``cache`` (after writing to it at slot ``mask.start``), or to ``memory``: an
         encoder's output, or what :meth:`remember` has made of it."""
         batch, length, _ = x.shape
@@ -245,13 +247,17 @@ class Attention(nnx.Module):
         k, v = source.read(q.dtype) if isinstance(source, KeyValue) else self._project(source)
         if rotary is not None:
             q, k = rotate(q, rotary, self.interleaved), rotate(k, rotary, self.interleaved)
-        if cache is not None:
+        if self.window is not None:
+            mask = dataclasses.replace(mask, window=self.window)
+        if isinstance(cache, Rolling):
+            if bias is not None:
+                raise ValueError("bias: a cache of a window's length does not keep the slots that a bias is for")
+            cache, k, v, mask = cache.turn(k, v, mask)
+        elif cache is not None:
             cache = cache.write(k, v, mask.start)
             k, v = cache.read(q.dtype)
         if self.relative is not None:
             bias = self.relative(grid) if bias is None else bias + self.relative(grid)
-        if self.window is not None:
-            mask = dataclasses.replace(mask, window=self.window)
         (drop,) = split(key, 1)
         context = attend(q, k, v, mask=mask, bias=bias, scale=self.scale, path=self.path, rate=self.rate, key=drop)
         context = site(f"{self.path}.context", context)
