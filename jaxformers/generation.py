@@ -103,8 +103,8 @@ def generate(
 
     ``batch_size`` prompts run at a time (times beams: ``batch_size`` sequences), the longest first; ``stream`` then
     begins again at step 0. ``pixel_values``: the images of all prompts, for a model that reads images: in the order of
-    their image tokens (LLaVA), or instead of prompts, one for each answer (vision encoder–decoders; the answers are
-    texts where a ``tokenizer`` is given).
+    their image tokens (LLaVA: one for each image, or already as many as it needs), or instead of prompts, one for each
+    answer (vision encoder–decoders; the answers are texts where a ``tokenizer`` is given).
 
     Raises ValueError: a model without a language model's head; images that do not match the prompts' image tokens; an
     empty prompt, ids outside the vocabulary, or a prompt that with ``max_new_tokens`` exceeds the model's positions;

@@ -79,6 +79,9 @@ def request(
             raise ValueError(f"decoder_prompt: {type(model).__name__} has no encoder; begin the prompts with it")
         if prompts is None:
             raise ValueError("prompts: give texts or token ids")
+        if pixel_values is not None and hasattr(model, "expand_images"):
+            rows = _rows(prompts, tokenizer, model.config.vocab_size, None, 0)
+            prompts = model.expand_images(rows, _checked_images(pixel_values))
         rows = _rows(prompts, tokenizer, model.config.vocab_size, positions, max_new_tokens)
         images = _images_of(model, rows, pixel_values)
         first = lambda chunk, size: {} if images is None else _padded_images([images[i] for i in chunk])

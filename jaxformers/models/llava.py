@@ -148,18 +148,29 @@ class Llava(nnx.Module):
         h = jnp.concatenate([seen[name] for name in names], axis=-1)
         return self.projector(h[:, 1:] if self.config.vision_feature_select_strategy == "default" else h)
 
+    def tokens_of_image(self, pixel_values: Any) -> int:
+        """How many tokens stand for one of ``pixel_values`` (images, channels, height, width)."""
+        image = jax.ShapeDtypeStruct((1, *pixel_values.shape[1:]), jnp.float32)
+        return jax.eval_shape(self.image_features, image).shape[1]
+
+    def expand_images(self, prompts: Sequence[Sequence[int]], pixel_values: Any) -> list[list[int]]:
+        """``prompts`` (token ids) with as many image tokens as the images need, where they have one for each image, as
+        a tokenizer gives them; others stay as they are."""
+        token, each = self.config.image_token_index, self.tokens_of_image(pixel_values)
+        if sum(list(ids).count(token) for ids in prompts) != len(pixel_values):
+            return [list(ids) for ids in prompts]
+        return [[i for id in ids for i in [id] * (each if id == token else 1)] for ids in prompts]
+
     def count_images(self, prompts: Sequence[Sequence[int]], pixel_values: Any) -> list[int]:
         """How many of ``pixel_values`` (images, channels, height, width) belong to each of ``prompts`` (token ids).
 
         Raises ValueError when a prompt's image tokens are no multiple of what an image needs, or do not match the
         images.
         """
-        token = self.config.image_token_index
+        token, each = self.config.image_token_index, self.tokens_of_image(pixel_values)
         if token == 0:
             raise ValueError("image_token_index: 0 is what prompts are padded with; generation needs another id")
         counts = [list(ids).count(token) for ids in prompts]
-        image = jax.ShapeDtypeStruct((1, *pixel_values.shape[1:]), jnp.float32)
-        each = jax.eval_shape(self.image_features, image).shape[1]
         for i, count in enumerate(counts):
             if count % each:
                 raise ValueError(

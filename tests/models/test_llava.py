@@ -78,6 +78,21 @@ def test_greedy_ids(model, expected, prompts):
     assert model.config.max_position_embeddings == 128 and model.config.vocab_size == 64
 
 
+def test_one_token_for_each_image(model, expected, prompts):
+    """What a tokenizer makes of ``<image>``: generation puts as many in its place as the image needs."""
+    short = []
+    for row in prompts:
+        seen = np.cumsum(np.array(row) == IMAGE) * (np.array(row) == IMAGE)
+        short.append([i for i, n in zip(row, seen, strict=True) if n % 9 in (0, 1) and not (n and n % 9 == 0)])
+    assert [row.count(IMAGE) for row in short] == [row.count(IMAGE) // 9 for row in prompts]
+    assert model.expand_images(short, expected["in/pixel_values"]) == prompts
+    length = expected["in/input_ids"].shape[1]
+    ids = jf.generate(model, short, max_new_tokens=6, pixel_values=expected["in/pixel_values"])
+    assert ids == expected["out/generated"][:, length:].tolist()
+    with pytest.raises(ValueError, match="prompts: item 1 has 22 tokens, with max_new_tokens=107 more than the 128"):
+        jf.generate(model, short, max_new_tokens=107, pixel_values=expected["in/pixel_values"])
+
+
 def test_other_images_of_the_same_number_compile_nothing(model, prompts, expected):
     pixels = expected["in/pixel_values"]
     jf.generate(model, prompts, max_new_tokens=6, pixel_values=pixels)
