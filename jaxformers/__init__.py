@@ -16,7 +16,7 @@ from jaxformers.functional import functional, with_params  # noqa: E402
 from jaxformers.mesh import mesh  # noqa: E402
 
 _VERBS = {
-    "load": "hub", "save": "hub", "init": "hub", "Output": "nn.output",
+    "load": "hub", "save": "hub", "init": "hub", "info": "describe", "Output": "nn.output",
     "reap": "sites", "edit": "sites", "site": "sites",
     "load_tokenizer": "data.tokenizers", "generate": "generation", "embed": "embedding",
     "load_feature_extractor": "data.features", "load_image_processor": "data.images",

@@ -1,7 +1,6 @@
 """The ``jaxformers`` command: one verb a function, thin around the library. Errors are one line and exit code 2."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,23 +30,17 @@ def quickstart(out: Path = Path("runs/quickstart"), seed: int = 0) -> None:
     run(out, seed=seed)
 
 
-def info(model: Model) -> None:
-    """Describe a checkpoint: architecture, head, parameters by path, bytes on disk.
+def info(model: Model, mesh: str | None = None, dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> None:
+    """Describe a checkpoint without reading its weights: architecture, head, parameters by path, bytes, memory.
 
     Args:
         model: directory in the Hugging Face layout, hub id, or all-MiniLM-L6-v2 where its package is installed.
+        mesh: such as fsdp=8,tensor=2: also tell the memory of one of its devices. They need not be there.
+        dtype: of the weights in memory; default: as stored.
     """
-    import jaxformers as jf
-    from jaxformers import paths
+    from jaxformers import describe
 
-    loaded = jf.load(model)
-    _, params = jf.functional(loaded)
-    files = sorted(Path(loaded.source).glob("*.safetensors"))
-    print(paths.report(params))
-    print(f"{type(loaded).__name__}, head: {loaded.head_name or 'none'}, from {loaded.source}")
-    print(f"{sum(os.path.getsize(f) for f in files):,} bytes in {len(files)} file(s)")
-    for entry in loaded.surgery:
-        print(f"surgery: {entry[0]} {entry[1]}")
+    print(describe.info(model, mesh=mesh, dtype=dtype))
 
 
 def embed(

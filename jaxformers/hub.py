@@ -10,16 +10,16 @@ its dtype and place: never more than one of them is held twice.
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxformers import atomic, models, nn, paths, resolve, surgery, weights
+from jaxformers import atomic, fp8, models, nn, paths, resolve, surgery, weights
 from jaxformers.models import config as configs
 from jaxformers.models.reading import dtype_of, expect_packed, fill
 from jaxformers.models.writing import to_tensors
@@ -65,10 +65,11 @@ def load(
     ``seq2seq_lm``, ``sequence_classification``, ``token_classification``, ``sentence``, another one of its
     architecture's, or ``"none"``; by default what the checkpoint's ``architectures`` says, or ``sentence`` in the
     sentence-transformers layout. A head that the checkpoint does not have is initialised from ``key``, which must be
-    given then. ``dtype``: of the floating-point weights, by default as stored. ``mesh``: each device receives only its
-    slice, by the rules of :mod:`jaxformers.mesh`. ``mapped``: leave the weights in the files, as read-only NumPy views,
-    for work that goes through them block by block (then neither ``dtype`` nor ``mesh``). ``config_overrides``: fields
-    of the architecture's Config.
+    given then. ``dtype``: of the floating-point weights, by default as stored (8-bit floats: times their scales, in the
+    dtype that config.json names). ``mesh``: each device receives only its slice, by the rules of
+    :mod:`jaxformers.mesh`. ``mapped``: leave the weights in the files, as read-only NumPy views, for work that goes
+    through them block by block (then neither ``dtype`` nor ``mesh``). ``config_overrides``: fields of the
+    architecture's Config.
 
     Raises ValueError (CheckpointError for the files) naming what is wrong: an unknown ``model_type``, missing or
     unmapped tensors, shapes that disagree with the config, non-finite weights, pickles.
@@ -77,10 +78,26 @@ def load(
         raise ValueError("mapped: the weights stay as and where they are stored; give neither dtype nor mesh")
     if dtype is not None and not _is_floating(dtype):
         raise ValueError(f"dtype: expected a floating-point type such as 'bfloat16', got {dtype!r}")
+    found = outline(path_or_id, head=head, dtype=dtype, **config_overrides)
+    return fill(found.model, found.arch, found.checkpoint, found.extra, dtype, mesh, key, found.skip, mapped)
+
+
+class Outline(NamedTuple):
+    """A checkpoint before any weight is read: the abstract model, and where each of its arrays comes from."""
+
+    model: nnx.Module
+    arch: Any
+    checkpoint: Any
+    extra: dict[str, Any]
+    skip: Callable[[str], bool]
+
+
+def outline(path_or_id: str | Path, *, head: str | None = None, dtype: Any = None, **config_overrides: Any) -> Outline:
+    """What :func:`load` is going to fill; arguments and errors as there."""
     directory = resolve.find(str(path_or_id))
     hf = _read_config(directory)
     arch = models.architecture(hf["model_type"])
-    checkpoint = open_checkpoint(directory, check_finite=True)
+    checkpoint, hf = fp8.widened(open_checkpoint(directory, check_finite=True), hf, dtype)
     sentence, chosen = None, head
     if head is None:
         sentence = resolve.sentence_settings(directory)
@@ -139,7 +156,7 @@ def load(
             "num_hidden_layers" in config_overrides and layer is not None and int(layer[1]) >= config.num_hidden_layers
         )
 
-    return fill(model, arch, checkpoint, extra, dtype, mesh, key, skip, mapped)
+    return Outline(model, arch, checkpoint, extra, skip)
 
 
 def init(config: Any, *, head: str | None = None, key: jax.Array, dtype: Any = None) -> nnx.Module:

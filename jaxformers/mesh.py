@@ -81,12 +81,7 @@ def mesh(shape: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     Axes: ``data`` (batch), ``fsdp`` (batch, weights gathered as needed), ``tensor`` (heads, MLP and vocabulary),
     ``sequence``, ``expert``. Raises ValueError for unknown axes and for sizes that do not fit the devices.
     """
-    sizes: dict[str, int] = {}
-    for part in shape.replace(" ", "").split(","):
-        name, _, size = part.partition("=")
-        if name not in AXES or name in sizes or not size.lstrip("-").isdigit():
-            raise ValueError(f"mesh {shape!r}: {part!r} is not one of {', '.join(AXES)} followed by =size")
-        sizes[name] = int(size)
+    sizes = mesh_sizes(shape)
     devices = list(jax.devices() if devices is None else devices)
     known = math.prod(n for n in sizes.values() if n != -1)
     if list(sizes.values()).count(-1) == 1 and known > 0 and len(devices) % known == 0:
@@ -95,6 +90,17 @@ def mesh(shape: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     if total < 1 or any(n < 1 for n in sizes.values()) or total > len(devices):
         raise ValueError(f"mesh {shape!r}: {total} devices asked for, {len(devices)} are there")
     return Mesh(_arranged(tuple(sizes.values()), devices[:total], total == len(devices)), tuple(sizes))
+
+
+def mesh_sizes(shape: str) -> dict[str, int]:
+    """{axis: size} of a mesh's text, -1 for "the rest". Raises ValueError for unknown axes and what is no number."""
+    sizes: dict[str, int] = {}
+    for part in shape.replace(" ", "").split(","):
+        name, _, size = part.partition("=")
+        if name not in AXES or name in sizes or not size.lstrip("-").isdigit():
+            raise ValueError(f"mesh {shape!r}: {part!r} is not one of {', '.join(AXES)} followed by =size")
+        sizes[name] = int(size)
+    return sizes
 
 
 def _arranged(shape: tuple[int, ...], devices: list[jax.Device], all_of_them: bool) -> np.ndarray:
