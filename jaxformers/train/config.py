@@ -21,6 +21,8 @@ class TrainConfig:
     - ``remat``, ``scan_layers``: handed to `jaxformers.functional` when `fit` is given a model.
     - ``eval_every``: 0 evaluates at the end only. ``checkpoint_every``: 0 saves on SIGTERM only.
     - ``best``: a metric of evaluation, such as "eval_loss", whose best checkpoint is kept besides the newest ``keep``.
+    - ``peer_timeout``: seconds that one of several processes waits for the others before it takes one of them for dead,
+      and ends with exit code 75.
     - ``on_nan``: "stop" raises `NonFiniteLoss`; "skip" leaves the update out, at most ``max_skips`` in a row.
     """
 
@@ -42,6 +44,7 @@ class TrainConfig:
     resume: bool = True
     on_nan: Literal["stop", "skip"] = "stop"
     max_skips: int = 50
+    peer_timeout: float = 300.0
     progress: bool = True
     tensorboard: bool = False
 
@@ -55,5 +58,7 @@ class TrainConfig:
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}: expected one of {allowed}, got {getattr(self, field)!r}")
+        if not self.peer_timeout > 0:
+            raise ValueError(f"peer_timeout: expected more than 0 seconds, got {self.peer_timeout}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema: expected a decay between 0 and 1, got {self.ema}")

@@ -8,6 +8,7 @@ batches by their examples. Whatever else an objective needs, a teacher's weights
 under frozen paths: arrays that it closes over would be compiled into the program as constants.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -25,6 +26,7 @@ import optax
 from flax import nnx
 
 from jaxformers.compilation import enable_cache
+from jaxformers.distributed import Watch
 from jaxformers.mesh import constrained
 from jaxformers.train import placement
 from jaxformers.train.config import TrainConfig
@@ -184,11 +186,16 @@ def fit(
     peak = None if peak is None else peak * (1 if mesh is None else mesh.size)
     pending: deque[_Pending] = deque()
 
+    def last_checkpoint() -> str:
+        steps = [] if checkpoints is None else checkpoints.steps()
+        return f"The last checkpoint is {checkpoints.directory / str(steps[-1])}" if steps else "There is no checkpoint"
+
     def settle(leave: int = 0) -> None:
         """Read the metrics of the steps handed out, all but the last ``leave``: waits for them to finish."""
         while len(pending) > leave:
             item = pending.popleft()
-            metrics = {k: float(v) for k, v in jax.device_get(item.metrics).items()}
+            with watch.waiting():
+                metrics = {k: float(v) for k, v in jax.device_get(item.metrics).items()}
             finite, skipped = bool(metrics.pop("finite")), int(metrics.pop("skipped"))
             if not finite:
                 told = f"step {item.step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
@@ -223,13 +230,16 @@ def fit(
             "data": gather_states(stream.state()),
         }  # fmt: skip
         score = scores.get(config.best) if config.best else None
-        checkpoints.save(state, notes, score if score is not None and np.isfinite(score) else None)
+        with watch.waiting():
+            checkpoints.save(state, notes, score if score is not None and np.isfinite(score) else None)
 
+    watch = Watch(config.peer_timeout, last_checkpoint)
     try:
         with Sigterm(enabled=checkpoints is not None) as stop:
             while step < config.steps:
                 batch = stream.next()
-                state, metrics = train_step(placement.put_batch(batch, mesh), state, used, key)
+                with watch.waiting() if train_step.compiled else contextlib.nullcontext():
+                    state, metrics = train_step(placement.put_batch(batch, mesh), state, used, key)
                 step += 1
                 pending.append(_Pending(step, metrics, batch, stream.state(), train_step.flops))
                 settle(leave=1)
@@ -244,10 +254,13 @@ def fit(
                     settle()
                     with recorder.meter.paused():
                         scores = measure()
-                if stop.agreed(ask=due(config.log_every)):
+                with watch.waiting():
+                    stopping = stop.agreed(ask=due(config.log_every))
+                if stopping:
                     settle()
                     save(scores)
-                    checkpoints.wait()
+                    with watch.waiting():
+                        checkpoints.wait()
                     recorder.say(f"SIGTERM: saved step {step} in {checkpoints.directory}; the same call resumes it")
                     raise SystemExit(0)
                 if due(config.checkpoint_every):
@@ -255,8 +268,10 @@ def fit(
                     with recorder.meter.paused():
                         save(scores)
             if checkpoints is not None:
-                checkpoints.wait()
+                with watch.waiting():
+                    checkpoints.wait()
     finally:
+        watch.close()
         recorder.close()
         if checkpoints is not None:
             checkpoints.close()
@@ -341,7 +356,7 @@ def _check_same_run(notes: Mapping, key_data: list[int], frozen_prints: Mapping[
             f"model_or_params: the frozen parameters are not those of the run in this directory ({differing[:3]} …)"
         )
     now, then = json.loads(json.dumps(dataclasses.asdict(config))), notes["config"]
-    looks = ("progress", "tensorboard", "log_every", "resume")
+    looks = ("progress", "tensorboard", "log_every", "resume", "peer_timeout")
     return ", ".join(f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v and k not in looks)
 
 

@@ -114,6 +114,11 @@ class Compiled:
         self._name, self._recorder, self._counted = name, recorder, counted
         self._jitted, self._programs = jax.jit(f, **jit_options), {}
 
+    @property
+    def compiled(self) -> bool:
+        """Whether a program is there: the first call takes the compiler's time."""
+        return bool(self._programs)
+
     def __call__(self, batch: Any, first: Any, frozen: Any, *rest: Any) -> Any:
         leaves, treedef = jax.tree.flatten(batch)
         shape = (treedef, *((x.shape, x.dtype) for x in leaves))

@@ -114,17 +114,17 @@ def test_onto_another_mesh(unbroken, tmp_path):
         np.testing.assert_allclose(ours[name], plain[name], rtol=1e-3, atol=1e-5)
 
 
-def together(tmp_path, name, *options):
-    """Two processes of four devices each train together; their return codes and what process 0 said."""
+def together(tmp_path, name, *options, processes=2, devices=4, mesh="data=2,fsdp=4"):
+    """Processes of some devices each train together; their return codes and what they said."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     begun = [
         start(
-            tmp_path / "run", tmp_path / f"{name}-{i}.npz", "--mesh", "data=2,fsdp=4", "--process", f"{i}/2:{port}",
-            *options, JAX_NUM_CPU_DEVICES="4",
+            tmp_path / "run", tmp_path / f"{name}-{i}.npz", "--mesh", mesh, "--process", f"{i}/{processes}:{port}",
+            *options, JAX_NUM_CPU_DEVICES=str(devices),
         )
-        for i in range(2)
+        for i in range(processes)
     ]  # fmt: skip
     said = [process.communicate(timeout=150)[1] for process in begun]
     return [process.returncode for process in begun], said
@@ -147,6 +147,36 @@ def test_two_processes_train_stop_and_resume_as_one(unbroken, tmp_path):
     done = run(tmp_path / "run", tmp_path / "c.npz")
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(np.load(tmp_path / "c.npz")["step"], 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "mesh"), [(2, "data=2"), (4, "data=2,fsdp=2")])
+def test_losses_of_several_processes_are_those_of_one(unbroken, tmp_path, processes, mesh):
+    codes, said = together(tmp_path, "a", processes=processes, devices=1, mesh=mesh)
+    assert codes == [0] * processes, said
+    losses = [
+        [r["loss"] for r in map(json.loads, (d / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "train"]
+        for d in (unbroken[0], tmp_path / "run")
+    ]
+    assert len(losses[0]) == 8 and min(losses[0]) < 0.8 * losses[0][0]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_one_of_two_dies_the_other_says_so_and_both_go_on(tmp_path):
+    """Process 1 is killed in step 18; process 0 ends by itself, and the run ends bit by bit as if nothing had been."""
+    kinds = {"processes": 2, "devices": 1, "mesh": "data=2"}
+    codes, said = together(tmp_path / "whole", "a", **kinds)
+    assert codes == [0, 0], said
+    began = time.monotonic()
+    codes, said = together(tmp_path / "hurt", "a", "--kill-at", 18, "--killed", 1, "--peer-timeout", 20, **kinds)
+    assert codes == [75, -signal.SIGKILL], said
+    assert time.monotonic() - began < 60
+    told = r"process 0 of 2: .*has probably died\. The last checkpoint is .*/checkpoints/14; the same"
+    assert re.search(told, said[0])
+    codes, said = together(tmp_path / "hurt", "b", **kinds)
+    assert codes == [0, 0], said
+    same(tmp_path / "hurt" / "b-0.npz", tmp_path / "whole" / "a-0.npz")
 
 
 def _train(directory, steps=12, **options):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxformers.data.batches import array_batches
+from jaxformers.distributed import initialize
 from jaxformers.train import OptimConfig, TrainConfig, fit
 
 
@@ -53,11 +54,14 @@ def main():
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--checkpoint-every", type=int, default=7)
     parser.add_argument("--process", help="I/N:PORT, one of N processes that train together")
+    parser.add_argument("--killed", type=int, help="which of them --kill-at is for; default: all")
+    parser.add_argument("--peer-timeout", type=float, default=300)
     args = parser.parse_args()
     if args.process:
         which, port = args.process.split(":")
-        index, count = which.split("/")
-        jax.distributed.initialize(f"localhost:{port}", int(count), int(index))
+        index, count = map(int, which.split("/"))
+        initialize(f"localhost:{port}", count, index)
+        args.kill_at = args.kill_at if args.killed in (None, index) else 0
 
     def signals(batch, seen=[0]):  # noqa: B006  (counts on purpose)
         seen[0] += 1
@@ -76,6 +80,7 @@ def main():
         ema=0.9,
         checkpoint_every=args.checkpoint_every,
         log_every=5,
+        peer_timeout=args.peer_timeout,
     )
     mesh = jaxformers.mesh(args.mesh) if args.mesh else None
     result = fit(
