@@ -95,7 +95,7 @@ class Outline(NamedTuple):
 def outline(path_or_id: str | Path, *, head: str | None = None, dtype: Any = None, **config_overrides: Any) -> Outline:
     """What :func:`load` is going to fill; arguments and errors as there."""
     directory = resolve.find(str(path_or_id))
-    hf = _read_config(directory)
+    hf = read_config(Path(directory))
     arch = models.architecture(hf["model_type"])
     checkpoint, hf = fp8.widened(open_checkpoint(directory, check_finite=True), hf, dtype)
     sentence, chosen = None, head
@@ -249,7 +249,9 @@ def config_json(model: nnx.Module) -> dict[str, Any]:
 # ---- loading -------------------------------------------------------------------------------------------------------
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(path_or_id: str | Path) -> dict[str, Any]:
+    """config.json of a checkpoint. Raises CheckpointError when there is none, or it names no ``model_type``."""
+    directory = path_or_id if isinstance(path_or_id, Path) else Path(resolve.find(path_or_id))
     file = directory / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{directory}: has no config.json; expected a Hugging Face checkpoint directory")
