@@ -207,9 +207,16 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    num_beams: int = 1,
+    length_penalty: float | None = None,
+    early_stopping: Literal["yes", "no", "never"] | None = None,
+    stop: tuple[str, ...] = (),
+    stream: bool = False,
     seed: int = 0,
 ) -> None:
-    """Continue prompts with a causal language model.
+    """Continue prompts with a causal language model, or answer them with an encoder–decoder.
 
     Args:
         model: directory in the Hugging Face layout or hub id.
@@ -218,19 +225,35 @@ def generate(
         temperature: 0 takes the likeliest token each time; above 0 samples.
         top_k: sample among the k likeliest tokens.
         top_p: sample among the likeliest tokens that hold this much probability.
+        min_p: sample among tokens at least so many times as likely as the likeliest.
+        repetition_penalty: above 1 makes tokens that came before less likely.
+        num_beams: above 1 searches for the likeliest text, with so many candidates.
+        length_penalty: of beam search: above 0 favours longer texts.
+        early_stopping: of beam search: yes ends with as many texts as beams, never only when none can get better.
+        stop: texts at which to stop.
+        stream: print the text as it comes; for one prompt.
         seed: of sampling.
     """
     import jax
 
     import jaxformers as jf
+    from jaxformers.prompts import printing
 
     if not prompts:
         raise ValueError("prompts: give at least one")
+    if stream and len(prompts) > 1:
+        raise ValueError("stream: prints one text as it comes; give one prompt")
     loaded = jf.load(model)
-    sampling = {"temperature": temperature, "key": jax.random.key(seed)} if temperature != 0 else {}
-    texts = jf.generate(loaded, prompts, max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p, **sampling)
-    for prompt, text in zip(prompts, texts, strict=True):
-        print(f"{prompt}{text}")
+    settings = {"temperature": temperature, "key": jax.random.key(seed)} if temperature != 0 else {}
+    settings |= {"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
+    settings |= {"num_beams": num_beams, "length_penalty": length_penalty, "stop_sequences": stop}
+    settings |= {"early_stopping": {None: None, "yes": True, "no": False, "never": "never"}[early_stopping]}
+    asked = [""] * len(prompts) if hasattr(loaded, "encode") else prompts
+    shown, look = printing(loaded, asked[0], stop) if stream else ([], None)
+    texts = jf.generate(loaded, prompts, max_new_tokens=max_new_tokens, stream=look, **settings)
+    for prompt, text in zip(asked, texts, strict=True):
+        whole = f"{prompt}{text}"
+        print(whole[len("".join(shown)) :])
 
 
 def train(

@@ -295,3 +295,25 @@ def continuation(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str
     """The text of ``new`` as it goes on from the prompt: some tokenizers drop a leading space when decoded alone."""
     before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *new])
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new)
+
+
+def printing(
+    model: nnx.Module, prompt: str, stops: Sequence[str]
+) -> tuple[list[str], Callable[[int, dict[int, int]], None]]:
+    """``(shown, stream)``: a function for `generate` to stream to that prints ``prompt`` and then its text as it comes,
+    and the pieces that it has printed so far. What may yet be taken back, as the beginning of a stop or half a
+    character, waits."""
+    tokenizer = tokenizer_of(model)
+    before = tokenizer.encode(prompt) if prompt else []
+    held = max(map(len, stops), default=0)
+    shown, ids = [prompt], []
+
+    def stream(step: int, tokens: dict[int, int]) -> None:
+        ids.extend(tokens.values())
+        text = continuation(tokenizer, before, ids).rstrip("\ufffd")
+        more = text[len("".join(shown[1:])) : max(len(text) - held, 0)]
+        shown.append(more)
+        print(more, end="", flush=True)
+
+    print(prompt, end="", flush=True)
+    return shown, stream

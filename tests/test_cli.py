@@ -69,6 +69,33 @@ def test_sampling_follows_its_seed(checkpoint, capsys):
     assert said[0] == said[1] != said[2]
 
 
+def test_settings_of_generate_reach_the_library(checkpoint, capsys):
+    model = jf.load(checkpoint)
+    free = jf.generate(model, "The value", max_new_tokens=12)
+    for flags, settings in (
+        (["--num-beams", "3", "--length-penalty", "2", "--early-stopping", "never"],
+         dict(num_beams=3, length_penalty=2.0, early_stopping="never")),
+        (["--repetition-penalty", "1.7", "--stop", free[4:6]], dict(repetition_penalty=1.7, stop_sequences=free[4:6])),
+        (["--temperature", "1", "--min-p", "0.3", "--seed", "3"],
+         dict(temperature=1.0, min_p=0.3, key=jax.random.key(3))),
+    ):  # fmt: skip
+        cli.main(["generate", str(checkpoint), "The value", "--max-new-tokens", "12", *flags])
+        expected = jf.generate(model, "The value", max_new_tokens=12, **settings)
+        assert capsys.readouterr().out == f"The value{expected}\n"
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_streamed_text_is_the_whole_text(checkpoint, capsys, monkeypatch, stops):
+    pieces = []
+    monkeypatch.setattr("builtins.print", lambda *what, end="\n", **_: pieces.append("".join(what) + end))
+    free = jf.generate(jf.load(checkpoint), "The value", max_new_tokens=12)
+    stop = ["--stop", free[5:8]] if stops else []
+    cli.main(["generate", str(checkpoint), "The value", "--max-new-tokens", "12", "--stream", *stop])
+    text = free[: free.index(free[5:8])] if stops else free
+    assert "".join(pieces) == f"The value{text}\n"
+    assert len([piece for piece in pieces if piece.strip()]) > (1 if stops else 3)
+
+
 def test_perplexity(checkpoint, prose, capsys):
     cli.main(["perplexity", str(checkpoint), "--text", str(prose), "--length", "32"])
     found = json.loads(capsys.readouterr().out)
@@ -117,6 +144,8 @@ def test_errors_are_one_line(checkpoint, prose, tmp_path, capsys):
     assert "does not exist" in fails(capsys, "perplexity", checkpoint, "--text", tmp_path / "nothing.txt")
     assert "temperature" in fails(capsys, "generate", checkpoint, "The", "--temperature", "-1")
     assert "prompts" in fails(capsys, "generate", checkpoint)
+    assert "stream" in fails(capsys, "generate", checkpoint, "a", "b", "--stream")
+    assert "num_beams" in fails(capsys, "generate", checkpoint, "a", "--length-penalty", "2")
     assert "cannot be read as CSV" in fails(capsys, "link", tmp_path / "a.csv", tmp_path / "b.csv")
 
 
