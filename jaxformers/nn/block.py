@@ -204,6 +204,9 @@ class Layers(nnx.Module):
 
     def _loop(self, x: Array, cache: Any, key: Any, context: dict[str, Any]) -> tuple[Array, Any]:
         new = {}
+        # what is no array (the grid of patches) stays what it is when the rest is traced
+        fixed = {n: v for n, v in context.items() if all(isinstance(leaf, int) for leaf in jax.tree.leaves(v))}
+        arrays_only = {n: v for n, v in context.items() if n not in fixed}
         for i, block in enumerate(self):
             name = f"{self.path}.{i}"
             own_cache = None if cache is None else cache[str(i)]
@@ -214,10 +217,10 @@ class Layers(nnx.Module):
             graph, arrays = nnx.split(block)
 
             def body(arrays: Any, x: Array, c: Any, k: Any, context: Any, graph: Any = graph) -> Any:
-                return nnx.merge(graph, arrays)(x, cache=c, key=k, **context)
+                return nnx.merge(graph, arrays)(x, cache=c, key=k, **context, **fixed)
 
             body, deliver = sites.looping(body, name, (name,))
-            (x, new[str(i)]), parked = self._checkpoint(body)(None, arrays, x, own_cache, own_key, context)
+            (x, new[str(i)]), parked = self._checkpoint(body)(None, arrays, x, own_cache, own_key, arrays_only)
             deliver(parked)
         return x, None if cache is None else new
 

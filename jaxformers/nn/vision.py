@@ -86,9 +86,9 @@ class ImageEmbeddings(nnx.Module):
         if self.pad is not None:
             rows, columns = (-n % p for n, p in zip(x.shape[1:3], self.pad, strict=True))
             x = jnp.pad(x, ((0, 0), (0, rows), (0, columns), (0, 0)))
-        x = self.patch(x)
-        if not all(x.shape[1:3]):
+        if any(n < p for n, p in zip(x.shape[1:3], self.patch.kernel.get_value().shape, strict=False)):
             raise ValueError(f"pixel_values: an image of {pixel_values.shape[2:]} pixels holds no whole patch")
+        x = self.patch(x)
         return x if self.patch_norm is None else self.patch_norm(x)
 
     def positions(self, grid: tuple[int, int]) -> Float[Array, "rows width"]:
