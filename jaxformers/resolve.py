@@ -20,7 +20,9 @@ _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-_BESIDE = ("generation_config.json", "preprocessor_config.json", "chat_template.jinja", "style.json")
+_BESIDE = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.jinja", "style.json",
+)  # fmt: skip
 _ACTIVATIONS = {
     "torch.nn.modules.linear.Identity": "linear",
     "torch.nn.modules.activation.Tanh": "tanh",

@@ -266,22 +266,29 @@ SHORTEST = ("CLIP", "Bit")  # where one number as size means the shortest edge
 OF_MODEL = {
     "vit": "ViT", "vit_mae": "ViT", "swin": "ViT", "deit": "DeiT", "beit": "Beit", "dinov2": "Bit",
     "dinov2_with_registers": "Bit", "segformer": "Segformer", "clip": "CLIP", "clip_vision_model": "CLIP",
+    "llava": "CLIP",
 }  # fmt: skip
 
 
 def load_image_processor(path_or_id: str | Path, **changes: Any) -> ImageProcessor:
-    """The image processor of a checkpoint: a directory with ``preprocessor_config.json``, or a hub id.
+    """The image processor of a checkpoint: a directory with ``preprocessor_config.json``, or with a
+    ``processor_config.json`` that has an ``image_processor`` (models of images and texts), or a hub id.
 
     ``changes``: fields of :class:`ImageProcessor`. Raises ValueError (CheckpointError for the file) naming what is
     missing, unknown or cannot be.
     """
     directory = resolve.find(str(path_or_id))
     file = directory / "preprocessor_config.json"
-    if not file.is_file():
+    both = directory / "processor_config.json"  # where Hugging Face's newer processors of several inputs keep it
+    if not file.is_file() and both.is_file():
+        hf = read_json(file := both)
+        hf = hf.get("image_processor") if isinstance(hf, dict) else None
+    elif not file.is_file():
         raise CheckpointError(f"{directory}: has no preprocessor_config.json; expected a checkpoint of a vision model")
-    hf = read_json(file)
+    else:
+        hf = read_json(file)
     if not isinstance(hf, dict):
-        raise CheckpointError(f"{file}: expected an object")
+        raise CheckpointError(f"{file}: expected an object with an image processor's settings")
     kind = _kind(file, hf)
     fields = {**DEFAULTS[kind], **_fields(file, hf, kind), "hf": json.dumps(hf, sort_keys=True)}
     if kind == "Segformer":  # its class never crops

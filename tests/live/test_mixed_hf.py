@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch", reason="live comparison: pip install 'jaxfo
 transformers = pytest.importorskip("transformers", reason="live comparison: pip install 'jaxformers[oracle]'")
 
 from live import freeze_mixed  # noqa: E402
+from models.test_llava import with_processor  # noqa: E402
 from models.test_mixed import NAMES, read, real  # noqa: E402
 
 
@@ -65,3 +66,15 @@ def test_gradients_of_the_contrastive_loss(name, oracles):
     scale = max(float(p.grad.abs().max()) for p in theirs.parameters())
     for key, parameter in theirs.named_parameters():
         assert np.abs(found[key] - parameter.grad.numpy()).max() < 1e-4 * scale, key
+
+
+def test_a_processor_of_images_and_texts(oracles, tmp_path):
+    chat = with_processor(oracles / "backbones" / "llava" / "tiny", tmp_path / "x")
+    theirs = transformers.AutoProcessor.from_pretrained(chat)
+    pictures = list(np.random.default_rng(0).integers(0, 256, (2, 30, 40, 3), dtype=np.uint8))
+    texts = ["w5 <image> w7 w9 <image>", "w8"]
+    expected = theirs(images=pictures, text=texts)
+    pixels = jf.load_image_processor(chat)(pictures)["pixel_values"]
+    np.testing.assert_allclose(pixels, np.stack(expected["pixel_values"]), atol=1e-6)
+    prompts = [jf.load_tokenizer(chat).encode(text) for text in texts]
+    assert jf.load(chat).expand_images(prompts, pixels) == [list(row) for row in expected["input_ids"]]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,44 @@ def test_one_token_for_each_image(model, expected, prompts):
     assert ids == expected["out/generated"][:, length:].tolist()
     with pytest.raises(ValueError, match="prompts: item 1 has 22 tokens, with max_new_tokens=107 more than the 128"):
         jf.generate(model, short, max_new_tokens=107, pixel_values=expected["in/pixel_values"])
+
+
+@pytest.fixture(scope="module")
+def chat(folder, tmp_path_factory):
+    return with_processor(folder, tmp_path_factory.mktemp("chat") / "x")
+
+
+def with_processor(folder, place):
+    """A copy of the checkpoint with a tokenizer of the words w0 … w62 and ``<image>``, and with an image processor where
+    new files keep it."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    shutil.copytree(folder, place)
+    core = Tokenizer(models.WordLevel({f"w{i}": i for i in range(63)}, unk_token="w0"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens([AddedToken("<image>", special=True)])
+    core.save(str(place / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2", "pad_token": "w0", "unk_token": "w0"}
+    (place / "tokenizer_config.json").write_text(json.dumps(config))
+    size = {"height": 24, "width": 24}
+    images = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 24}, "crop_size": size}
+    processor = {"processor_class": "LlavaProcessor", "image_processor": images, "patch_size": 8,
+                 "image_token": "<image>", "num_additional_image_tokens": 1,
+                 "vision_feature_select_strategy": "default"}  # fmt: skip
+    (place / "processor_config.json").write_text(json.dumps(processor))
+    return place
+
+
+def test_texts_and_image_files(chat, tmp_path):
+    model = jf.load(chat)
+    picture = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    pixels = jf.load_image_processor(chat)([picture])["pixel_values"]
+    assert pixels.shape == (1, 3, 24, 24)
+    text = jf.generate(model, "w5 <image> w7 w9", max_new_tokens=5, pixel_values=pixels, eos_token_id=())
+    ids = jf.generate(model, [5, *[IMAGE] * 9, 7, 9], max_new_tokens=5, pixel_values=pixels, eos_token_id=())
+    assert text.split() == [f"w{i}" for i in ids if i != IMAGE]
+    jf.save(model, tmp_path / "copy")  # takes the processor along
+    assert jf.load_image_processor(tmp_path / "copy") == jf.load_image_processor(chat)
 
 
 def test_other_images_of_the_same_number_compile_nothing(model, prompts, expected):
