@@ -100,8 +100,8 @@ def chat(folder, tmp_path_factory):
 
 
 def with_processor(folder, place):
-    """A copy of the checkpoint with a tokenizer of the words w0 … w62 and ``<image>``, and with an image processor where
-    new files keep it."""
+    """A copy of the checkpoint with a tokenizer of the words w0 … w62 and ``<image>``, and an image processor where new
+    files keep it."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
     shutil.copytree(folder, place)
