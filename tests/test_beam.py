@@ -73,6 +73,24 @@ def test_beams_of_t5(version, oracles):
         assert [i for i, expected in zip(ids, row, strict=True) if expected != 0] == [i for i in row if i != 0]
 
 
+@pytest.mark.parametrize("folder", ["llama/gqa_untied", "opt", "gptj", "deepseek_v3/moe_mla", "deepseek_v3/dense_mla"])
+def test_scores_are_those_of_full_passes(folder, oracles):
+    """Through prefill, steps and caches that are handed from beam to beam, keys and values or latents: at each step of
+    each hypothesis as a pass over all of it without a cache."""
+    model = jf.load(oracles / "backbones" / folder)
+    apply, params = jf.functional(model)
+    log_p = jax.jit(lambda params, ids: jax.nn.log_softmax(apply(params, {"input_ids": ids}).logits, -1))
+    prompts, new = [[5, 6, 7, 8, 9, 10], [11, 12]], 7
+    rows, scores = jf.generate(
+        model, prompts, max_new_tokens=new, num_beams=3, num_return_sequences=3, return_scores=True, eos_token_id=()
+    )
+    for prompt, hypotheses, expected in zip(prompts, rows, scores, strict=True):
+        whole = np.array([prompt + ids for ids in hypotheses])
+        found = np.take_along_axis(log_p(params, whole)[:, len(prompt) - 1 : -1], whole[:, len(prompt) :, None], 2)
+        np.testing.assert_allclose(found[..., 0].mean(1), expected, atol=2e-5)
+        assert len({tuple(ids) for ids in hypotheses}) == 3 and expected == sorted(expected, reverse=True)
+
+
 def test_a_prompt_has_the_same_beams_alone_and_in_any_batch(model):
     prompts = [[1], [2, 3, 4, 5, 0, 1, 2], [3, 3]]
     settings = dict(max_new_tokens=6, num_beams=3, num_return_sequences=3, return_scores=True, eos_token_id=[0, 3])
