@@ -82,7 +82,7 @@ def test_one_host(tmp_path):
         together = ["--coordinator", "localhost:9", "--processes", "2", "--process", str(i)]
         assert line == ["env", f"CUDA_VISIBLE_DEVICES={i}", *COMMAND, *together]
     # for real: the code of the process that failed, and the other one is ended
-    fails = ["bash", "-c", f'[ $CUDA_VISIBLE_DEVICES = 1 ] && exit 75; exec sleep 60; touch {tmp_path}/never']
+    fails = ["bash", "-c", f"[ $CUDA_VISIBLE_DEVICES = 1 ] && exit 75; exec sleep 60; touch {tmp_path}/never"]
     assert launch("gpu_host.sh", "--processes", 2, command=fails, dry=False).returncode == 75
     works = ["bash", "-c", f'echo "$@" > {tmp_path}/$CUDA_VISIBLE_DEVICES', "x"]
     assert launch("gpu_host.sh", "--processes", 2, command=works, dry=False).returncode == 0
