@@ -9,9 +9,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from jaxformers import nn
+from jaxformers.models import beit_maps, vit
 from jaxformers.models import config as configs
-from jaxformers.models import vit
 from jaxformers.models.keymap import HF
+from jaxformers.safetensors_file import show
+from jaxformers.sites import reap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +23,9 @@ class Config:
     Positions: ``use_absolute_position_embeddings`` (a table that is added), ``use_relative_position_bias`` (a bias of
     each layer's own), ``use_shared_relative_position_bias`` (one for all layers). ``use_mean_pooling``: the image's
     vector is the normalised mean of the patches, and there is no norm behind the layers; otherwise it is the class
-    token. ``layer_scale_init_value`` 0 leaves layer scale out.
+    token. ``layer_scale_init_value`` 0 leaves layer scale out. For segmentation: ``out_indices``, the four states that
+    it reads (1: the embeddings, 2: behind the first layer, …), ``pool_scales``, the ``auxiliary_`` head, and what the
+    loss is to be called with.
     """
 
     vocab_size: int = 8192
@@ -44,6 +48,14 @@ class Config:
     layer_scale_init_value: float = 0.1
     drop_path_rate: float = 0.1
     use_mean_pooling: bool = True
+    out_indices: tuple[int, ...] | None = None
+    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
+    use_auxiliary_head: bool = True
+    auxiliary_channels: int = 256
+    auxiliary_num_convs: int = 1
+    auxiliary_concat_input: bool = False
+    auxiliary_loss_weight: float = 0.4
+    semantic_loss_ignore_index: int = 255
     num_labels: int = 2
     pooler: bool = True
     hf: str = dataclasses.field(default="{}", repr=False, compare=False)
@@ -51,10 +63,17 @@ class Config:
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
         sizes = {"image_size": configs.pair(hf, "image_size", 224), "patch_size": configs.pair(hf, "patch_size", 16)}
-        return configs.from_hf(cls, hf, {}, **sizes)
+        lists = {"pool_scales": configs.counts(hf, "pool_scales", cls.pool_scales)}
+        chosen = hf.get("out_indices") or hf.get("segmentation_indices")  # the older name
+        if chosen:
+            if not isinstance(chosen, list | tuple) or not all(type(i) is int for i in chosen):
+                raise ValueError(f"config.json: out_indices must be a list of whole numbers, got {show(chosen)}")
+            lists["out_indices"] = tuple(chosen)
+        return configs.from_hf(cls, hf, {}, **sizes, **lists)
 
     def to_hf(self) -> dict[str, Any]:
         hf = configs.to_hf(self, {}, "beit", skip=("pooler", "image_size", "patch_size"))
+        hf |= {name: list(hf[name]) for name in ("out_indices", "pool_scales") if hf.get(name) is not None}
         return configs.put_pairs(hf, self, "image_size", "patch_size")
 
     @property
@@ -97,7 +116,8 @@ class TokenHead(nnx.Module):
 class BEiT(nnx.Module):
     """``embeddings`` → ``layers`` → ``final_norm`` or ``pooler`` → ``head``.
 
-    Heads: image_classification, masked_image_modeling (visual tokens (B, patches, V)).
+    Heads: image_classification, masked_image_modeling (visual tokens (B, patches, V)), semantic_segmentation (logits
+    (B, labels, 4 · rows, 4 · columns) of the grid; ``extra["auxiliary_logits"]`` (B, labels, rows, columns)).
     """
 
     def __init__(self, config: Config, *, head: str | None = None, rngs: nnx.Rngs):
@@ -128,6 +148,11 @@ class BEiT(nnx.Module):
             self.head = nn.ClassificationHead(width, c.num_labels, std=std, rngs=rngs)
         elif head == "masked_image_modeling":
             self.head = TokenHead(width, c.vocab_size, eps=c.layer_norm_eps, std=std, rngs=rngs)
+        elif head == "semantic_segmentation":
+            depth = c.num_hidden_layers
+            if len(c.out_indices or ()) != 4 or not all(0 < i <= depth for i in c.out_indices):
+                raise ValueError(f"out_indices: segmentation reads four states of 1 to {depth}, got {c.out_indices}")
+            self.head = beit_maps.MapHead(c, rngs)
 
     def __call__(
         self,
@@ -143,6 +168,8 @@ class BEiT(nnx.Module):
         embed_key, layers_key, head_key = nn.split(rngs, 3)
         x, grid = self.embeddings(pixel_values, bool_masked_pos, key=embed_key)
         bias = None if self.relative is None else self.relative(grid)
+        if self.head_name == "semantic_segmentation":
+            return self._maps(x, bias, grid, layers_key)
         h, _ = self.layers(x, bias=bias, grid=grid, key=layers_key)
         h = h if self.final_norm is None else self.final_norm(h)
         if self.head_name == "masked_image_modeling":
@@ -155,6 +182,17 @@ class BEiT(nnx.Module):
         if self.head_name is None:
             return nn.Output(h, pooled=pooled)
         return nn.Output(h, logits=self.head(pooled, head_key), pooled=pooled)
+
+
+    def _maps(self, x: Array, bias: Array | None, grid: tuple[int, int], key: jax.Array | None) -> nn.Output:
+        where = {i: f"{self.layers.path}.{i - 2}.output" for i in self.config.out_indices if i > 1}
+        run = lambda x: self.layers(x, bias=bias, grid=grid, key=key)[0]
+        h, seen = reap(run, tuple(where.values()))(x)
+        states = [seen[where[i]] if i > 1 else x for i in self.config.out_indices]
+        maps = [state[:, 1:].reshape(x.shape[0], *grid, -1) for state in states]
+        logits, auxiliary = self.head(maps, training=key is not None)
+        h = h if self.final_norm is None else self.final_norm(h)
+        return nn.Output(h, logits=logits, extra=None if auxiliary is None else {"auxiliary_logits": auxiliary})
 
 
 Model = BEiT
@@ -175,6 +213,7 @@ HEADS = {
         "BeitForMaskedImageModeling",
         {"head.norm": HF("layernorm", top=True), "head.decoder": "lm_head"},
     ),
+    "semantic_segmentation": ("BeitForSemanticSegmentation", beit_maps.KEYS),
 }
 BASE_CLASS = "BeitModel"
-IGNORED = (r".*relative_position_index",)
+IGNORED = (r".*relative_position_index", r".*num_batches_tracked")

@@ -51,6 +51,13 @@ VARIANTS = {
                   "use_absolute_position_embeddings": True, "layer_scale_init_value": 0.2}, OTHER),
     "beit-mim": ("BeitForMaskedImageModeling", {**BEIT, "use_mask_token": True, "use_mean_pooling": False,
                                                 "use_relative_position_bias": True}, ()),
+    "beit-maps": ("BeitForSemanticSegmentation",
+                  {**BEIT, **LABELS, "num_hidden_layers": 5, "out_indices": [1, 3, 4, 5], "pool_scales": [1, 2, 3],
+                   "auxiliary_channels": 6, "auxiliary_num_convs": 2, "auxiliary_concat_input": True,
+                   "use_relative_position_bias": True}, ((20, 28),)),
+    "beit-maps-bare": ("BeitForSemanticSegmentation",
+                       {**BEIT, **LABELS, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "pool_scales": [2],
+                        "use_auxiliary_head": False}, ()),
     "swin-base": ("SwinModel", {**SWIN, "use_absolute_embeddings": True}, ((36, 28), (24, 50))),
     "swin-classes": ("SwinForImageClassification", {**SWIN, **LABELS, "qkv_bias": False, "window_size": 4,
                                                     "image_size": 34, "layer_norm_eps": 1e-3}, ((41, 55), (32, 64))),
@@ -100,7 +107,7 @@ def batches(name: str) -> list[dict[str, np.ndarray]]:
             batch["bool_masked_pos"] = rng.random((images, patches)) < 0.4
         if "PreTraining" in class_name:
             batch["noise"] = rng.random((images, patches)).astype(np.float32)
-        if class_name == "SegformerForSemanticSegmentation":
+        if "Segmentation" in class_name:
             classes = max(settings["num_labels"], 2)
             batch["labels"] = rng.integers(0, classes, (images, 25, 31))
             batch["labels"][rng.random(batch["labels"].shape) < 0.2] = 255

@@ -15,7 +15,7 @@ from parity import assert_close_scaled, run
 import jaxformers as jf
 from jaxformers import models, nn, paths
 from jaxformers.mesh import batch_sharding, constrained
-from jaxformers.models import keymap, segformer, swin, vit_mae
+from jaxformers.models import beit, keymap, segformer, swin, vit_mae
 
 SIZES = {"image_size": (16, 16), "patch_size": (4, 4)}
 FLAT = {**SIZES, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -24,7 +24,8 @@ CONFIGS = {
     "deit": {**FLAT, "intermediate_size": 12, "encoder_stride": 4},
     "dinov2": {**FLAT, "use_swiglu_ffn": True},
     "dinov2_with_registers": {**FLAT, "num_register_tokens": 3},
-    "beit": {**FLAT, "intermediate_size": 12, "use_relative_position_bias": True, "use_mask_token": True},
+    "beit": {**FLAT, "intermediate_size": 12, "use_relative_position_bias": True, "use_mask_token": True,
+             "out_indices": (1, 1, 2, 2), "auxiliary_concat_input": True},
     "swin": {**SIZES, "embed_dim": 4, "depths": (2, 1), "num_heads": (1, 2), "window_size": 2, "encoder_stride": 8},
     "segformer": {"depths": (2, 1), "hidden_sizes": (8, 12), "num_heads": (1, 2), "sr_ratios": (2, 1),
                   "patch_sizes": (7, 3), "strides": (4, 2), "mlp_ratios": (2, 2), "decoder_hidden_size": 8},
@@ -225,6 +226,14 @@ def test_inputs_that_cannot_be(name, head, batch, message):
         apply(params, batch)
 
 
+def test_segmentation_needs_four_states_and_a_grid_to_halve():
+    with pytest.raises(ValueError, match="out_indices: segmentation reads four states of 1 to 2, got None"):
+        init("beit", "semantic_segmentation", out_indices=None)
+    apply, params = jf.functional(init("beit", "semantic_segmentation"))
+    with pytest.raises(ValueError, match=r"a grid of \(1, 4\) patches cannot be halved"):
+        apply(params, {"pixel_values": pixels(size=(4, 16))})
+
+
 @pytest.mark.parametrize(
     ("module", "hf", "message"),
     [
@@ -233,6 +242,7 @@ def test_inputs_that_cannot_be(name, head, batch, message):
         (swin, {"depths": [2, 2]}, "one number per stage in all of these lists, got depths 2, num_heads 4"),
         (swin, {"depths": [10**5] * 4}, "depths must list"),
         (swin, {"window_size": 0}, "window_size and embed_dim must be 1 or more"),
+        (beit, {"out_indices": "stage2"}, "out_indices must be a list of whole numbers"),
         (segformer, {"num_encoder_blocks": 3}, "num_encoder_blocks is 3, but depths has 4"),
         (segformer, {"strides": [4, 2]}, "one number per stage in all of these lists, got depths 4"),
         (segformer, {"num_attention_heads": "8"}, "num_attention_heads must list"),

@@ -9,10 +9,10 @@ import jaxformers as jf
 from jaxformers import image_losses
 
 NAMES = (
-    "beit-all", "beit-base", "beit-mim", "beit-shared", "beit-token", "deit-base", "deit-classes", "deit-mim",
-    "dinov2-base", "dinov2-swiglu", "mae-normed", "mae-wide", "registers-base", "registers-swiglu", "segformer-base",
-    "segformer-classes", "segformer-maps", "segformer-one", "swin-base", "swin-classes", "swin-mim", "vit-base",
-    "vit-mim", "vit-oblong",
+    "beit-all", "beit-base", "beit-maps", "beit-maps-bare", "beit-mim", "beit-shared", "beit-token", "deit-base",
+    "deit-classes", "deit-mim", "dinov2-base", "dinov2-swiglu", "mae-normed", "mae-wide", "registers-base",
+    "registers-swiglu", "segformer-base", "segformer-classes", "segformer-maps", "segformer-one", "swin-base",
+    "swin-classes", "swin-mim", "vit-base", "vit-mim", "vit-oblong",
 )  # fmt: skip
 PARTS = {"last_hidden_state": "last_hidden_state", "pooler_output": "pooled", "logits": "logits",
          "reconstruction": "logits"}  # fmt: skip
@@ -30,7 +30,9 @@ def loss(model, batch, out):
     """The loss that Hugging Face gives with these inputs."""
     c, pixels = model.config, batch["pixel_values"]
     if "labels" in batch:
-        return image_losses.segmentation(out.logits, batch["labels"])
+        auxiliary = (out.extra or {}).get("auxiliary_logits")
+        more = 0 if auxiliary is None else image_losses.segmentation(auxiliary, batch["labels"])
+        return image_losses.segmentation(out.logits, batch["labels"]) + getattr(c, "auxiliary_loss_weight", 0) * more
     if "noise" in batch:
         return image_losses.masked_patches(
             out.logits, pixels, out.extra["mask"], patch=c.patch_size, normalize=c.norm_pix_loss
