@@ -1,6 +1,6 @@
 """What a checkpoint holds and how much memory it will take, from its headers alone: no weight is read.
 
-    print(jf.info("meta-llama/Llama-3.1-8B", mesh="fsdp=4,tensor=2"))
+print(jf.info("meta-llama/Llama-3.1-8B", mesh="fsdp=4,tensor=2"))
 """
 
 import dataclasses

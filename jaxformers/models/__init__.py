@@ -11,6 +11,7 @@ heads or configs have; ``keys(config)`` adds to KEYS, and ``ignored(config)`` to
 """
 
 import importlib
+import inspect
 import sys
 from types import ModuleType
 from typing import Any
@@ -73,3 +74,19 @@ def architecture(model_type: str) -> ModuleType:
 def module_of(config: Any) -> ModuleType:
     """The architecture that a Config belongs to."""
     return sys.modules[type(config).__module__]
+
+
+def reads_images(config: Any) -> bool:
+    """Is it the Config of an encoder of images, one that gives a sequence of states?"""
+    return hasattr(config, "hidden_size") and _inputs(config)[0] == "pixel_values"
+
+
+def decodes(config: Any) -> bool:
+    """Is it the Config of a decoder of texts that needs no encoder?"""
+    model = module_of(config).Model
+    alone = hasattr(model, "empty_cache") and not hasattr(model, "encode") and hasattr(config, "hidden_size")
+    return alone and "pixel_values" not in _inputs(config) and getattr(config, "is_decoder", True)
+
+
+def _inputs(config: Any) -> list[str]:
+    return list(inspect.signature(module_of(config).Model.__call__).parameters)[1:]

@@ -64,15 +64,16 @@ class Config:
         for name, kind in (("vision", "clip_vision_model"), ("text", "llama")):
             section = configs.section(hf, f"{name}_config")
             if section:
-                arch = models.architecture(section.get("model_type") or kind)
-                parts[name] = arch.Config.from_hf(section)
-                decodes = hasattr(arch.Model, "empty_cache") and getattr(parts[name], "is_decoder", True)
-                if name == "text" and not decodes:
-                    raise ValueError(f"config.json: text_config: this {arch.Model.__name__} is no decoder")
+                parts[name] = models.architecture(section.get("model_type") or kind).Config.from_hf(section)
+        vision, text = parts["vision"], parts["text"]
+        if not models.reads_images(vision) or not hasattr(vision, "num_hidden_layers"):
+            raise ValueError(f"config.json: vision_config: this {_name(vision)} is no tower of layers over images")
+        if not models.decodes(text):
+            raise ValueError(f"config.json: text_config: this {_name(text)} is no decoder of texts")
         layer = hf.get("vision_feature_layer", -2)
         layer = tuple(layer) if isinstance(layer, list) else layer
         # writers of today say in text_config alone that the output is tied to the token embeddings
-        tied = bool(hf.get("tie_word_embeddings")) or parts["text"].tie_word_embeddings
+        tied = bool(hf.get("tie_word_embeddings")) or text.tie_word_embeddings
         return configs.from_hf(cls, hf, {}, **parts, vision_feature_layer=layer, tie_word_embeddings=tied)
 
     def to_hf(self) -> dict[str, Any]:
@@ -95,6 +96,10 @@ class Config:
     @property
     def max_position_embeddings(self) -> int | None:
         return getattr(self.text, "max_position_embeddings", None)
+
+
+def _name(config: Any) -> str:
+    return models.module_of(config).Model.__name__
 
 
 class Projector(nnx.Module):

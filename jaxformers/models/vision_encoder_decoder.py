@@ -33,6 +33,8 @@ class Config:
     hf: str = dataclasses.field(default="{}", repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not models.reads_images(self.encoder):
+            raise ValueError("config.json: encoder: expected an encoder of images")
         if not getattr(self.decoder, "add_cross_attention", False):
             raise ValueError(
                 "config.json: decoder: expected a decoder with cross-attention (is_decoder and add_cross_attention)"

@@ -248,6 +248,10 @@ def test_settings_that_cannot_be(folder):
         ({"vision_feature_layer": 5}, "vision_feature_layer: expected numbers from -4 to 3, got 5"),
         ({"vision_feature_layer": [-2, "a"]}, "vision_feature_layer"),
         ({"text_config": {"model_type": "bert"}}, "text_config: this Bert is no decoder"),
+        ({"text_config": {"model_type": "t5"}}, "text_config: this T5 is no decoder"),
+        ({"text_config": {"model_type": "llava"}}, "text_config: this Llava is no decoder"),
+        ({"vision_config": {"model_type": "bert"}}, "vision_config: this Bert is no tower"),
+        ({"vision_config": {"model_type": "clip"}}, "vision_config: this Clip is no tower"),
         ({"text_config": {"model_type": "unheard"}}, "model_type 'unheard' is not known"),
     ):
         with pytest.raises(ValueError, match=message):

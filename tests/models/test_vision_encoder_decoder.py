@@ -188,6 +188,8 @@ def test_settings_that_cannot_be():
         ({"decoder": {**decoder, "cross_attention_hidden_size": 24}}, "only the hidden_size, 768"),
         ({"decoder": {"model_type": "trocr", "cross_attention_hidden_size": 9}}, "must be the encoder's .*, 24"),
         ({"decoder": {"model_type": "trocr", "decoder_layerdrop": 0.1}}, "decoder_layerdrop 0.1 is not supported"),
+        ({"encoder": {"model_type": "bert"}}, "encoder: expected an encoder of images"),
+        ({"encoder": {"model_type": "clip"}}, "encoder: expected an encoder of images"),
         ({"encoder": 3}, "encoder must hold the settings of a model"),
     ):
         with pytest.raises(ValueError, match=message):
