@@ -1,5 +1,6 @@
 """The steps that dry runs compile, as functions of shapes: training, prefill, decoding; and models by name."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -98,8 +99,11 @@ def check(
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and getattr(config, "rope", None) is None and seq > positions and step != "decode":
         raise ValueError(f"seq: {seq} tokens exceed the {positions} positions of {model}")
-    if step == "decode" and not hasattr(arch.Model, "empty_cache"):
-        raise ValueError(f"step: {arch.Model.__name__} has no cache to decode with; use prefill for its forward pass")
+    if step == "decode" and not _decodes(arch.Model, config):
+        raise ValueError(
+            f"step: dry runs decode with decoders alone, which {arch.Model.__name__} is not here; its forward pass is "
+            "what prefill compiles"
+        )
     if step == "train":
         objective_of(head)
     abstract(arch, config, head, scan_layers=scan_layers, remat=remat)  # do equal layers stack?
@@ -126,6 +130,13 @@ def abstract(arch: Any, config: Any, head: str | None, **options: Any) -> tuple[
     return kept[0], params
 
 
+def _decodes(kind: type, config: Any) -> bool:
+    """Whether a model generates from a cache of its own, without an encoder's memory."""
+    inputs = inspect.signature(kind.__call__).parameters
+    alone = "decoder_input_ids" not in inputs and "pixel_values" not in inputs
+    return hasattr(kind, "empty_cache") and alone and getattr(config, "is_decoder", True)
+
+
 def _model(arch: Any, config: Any, head: str | None) -> Any:
     model = arch.Model(config, head=None if head == "sentence" else head, rngs=Keys(0))
     return nn.new_sentence_head(model, pooling="mean", rngs=Keys(0)) if head == "sentence" else model
@@ -148,7 +159,7 @@ def model_step(
         settings = TrainConfig(steps=1000, optim=OptimConfig(name=optimizer), compute_dtype="bfloat16")
         return train_step(name, objective_of(head), apply, params, data, settings, mesh)
     params, count = placed(as_dtype(params, jnp.bfloat16), mesh), size(params)
-    if not hasattr(arch.Model, "empty_cache"):
+    if not _decodes(arch.Model, config):
         return Step(name, apply, (params, spread(data, mesh)), parameters=count)
 
     def empty() -> Any:
@@ -172,8 +183,6 @@ def batch_shapes(
     kind: type, config: Any, head: str | None, batch: int, seq: int, *, labels: bool
 ) -> tuple[dict[str, Array], str]:
     """A batch of ``kind``'s inputs, with labels for its head, and what one of its rows is."""
-    import inspect
-
     inputs = inspect.signature(kind.__call__).parameters
     if "pixel_values" in inputs:
         sides = getattr(config, "image_size", (224, 224))

@@ -164,7 +164,7 @@ def test_dry_run_refuses_before_it_compiles(checkpoint, capsys):
         (["llama-7b", "--topology", "v9:2x2"], "expected a generation"),
         (["llama-7b", "--topology", "v5e:2x2", "--mesh", "fsdp=2"], "it takes 2 of the 4 devices"),
         (["llama-7b", "--topology", "v5e:2x2", "--batch", "3"], "does not divide over the 4 devices"),
-        (["bert-base-uncased", "--topology", "v5e:2x2", "--step", "decode"], "has no cache"),
+        (["bert-base-uncased", "--topology", "v5e:2x2", "--step", "decode"], "decode with decoders alone"),
         (["opt-125m", "--topology", "v5e:2x2", "--seq", "4096"], "exceed the 2048 positions"),
         (["llama-7b", "--topology", "v5e:2x2", "--head", "token_classification", "--seq", "0"], "expected 1 or more"),
         ([tmp_of(checkpoint), "--topology", "v5e:2x2"], "has no config.json"),

@@ -228,7 +228,8 @@ def check_models(teacher: nnx.Module, student: nnx.Module, config: MiniLMConfig)
 
 def is_causal(model: nnx.Module) -> bool:
     """Is it a decoder, whose tokens see nothing to their right?"""
-    return "causal_lm" in importlib.import_module(type(model.config).__module__).HEADS
+    heads = importlib.import_module(type(model.config).__module__).HEADS
+    return "causal_lm" in heads and getattr(model.config, "is_decoder", True)  # a BERT may be either
 
 
 def _own_heads(attention: Any, pair: str) -> int:

@@ -166,10 +166,10 @@ def _begin(run: TextRun, documents: list[str], mesh: Any) -> tuple[Any, Tokenize
     """The model before training and its tokenizer."""
     hf = dict(run.config or {})
     if run.model is not None:
-        arch = models.architecture(hub.read_config(run.model)["model_type"])
-        model = hub.load(run.model, head=_language_head(arch), mesh=mesh, dtype=run.dtype, key=jax.random.key(run.seed))
+        head = _language_head(hub.read_config(run.model))
+        model = hub.load(run.model, head=head, mesh=mesh, dtype=run.dtype, key=jax.random.key(run.seed))
         return model, load_tokenizer(model.source)
-    head = _language_head(models.architecture(hf.get("model_type", "")))
+    head = _language_head(hf)
     if run.tokenizer is not None:
         tokenizer = load_tokenizer(run.tokenizer)
     else:
@@ -183,8 +183,11 @@ def _begin(run: TextRun, documents: list[str], mesh: Any) -> tuple[Any, Tokenize
     return hub.init(hf, head=head, key=jax.random.key(run.seed), dtype=run.dtype), tokenizer
 
 
-def _language_head(arch: Any) -> str:
-    head = next((head for head in ("causal_lm", "masked_lm") if head in arch.HEADS), None)
+def _language_head(hf: Mapping[str, Any]) -> str:
+    """The head of a config.json's architecture that models language: masked tokens, or next ones of a decoder."""
+    arch = models.architecture(hf.get("model_type", ""))
+    order = ("causal_lm", "masked_lm") if hf.get("is_decoder") else ("masked_lm", "causal_lm")
+    head = next((head for head in order if head in arch.HEADS), None)
     if head is None:
         raise ValueError(f"model: {arch.Model.__name__} has no language-model head; it has {', '.join(arch.HEADS)}")
     return head
