@@ -61,6 +61,15 @@ def test_the_porting_page_runs(checkpoints):
     assert names["result"].history and len(names["translated"]) == 2 and names["logits"].shape[:2] == (2, 5)
 
 
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")
+def test_the_scaling_page_runs(checkpoints):
+    names: dict = {}
+    for block in blocks((DOCS / "scaling.md").read_text()):
+        exec(compile(block, "docs/scaling.md", "exec"), names)
+    assert names["logits"].shape == (8, 16, 80) and len(names["logits"].sharding.device_set) == 8
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, names["spread"], names["params"]))
+
+
 def test_the_heads_of_the_porting_page_are_those_of_the_library():
     page = (DOCS / "porting.md").read_text()
     rows = re.findall(r'^\| (`Flax.+) \| `head="(\w+)"`.* \|$', page, re.M)
