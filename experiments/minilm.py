@@ -16,7 +16,7 @@ from which package of the standard library is this line of code?).
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ class Config:
     """`teacher`: a checkpoint; None trains one of the sizes below, with `heads` heads; "auto" is all-MiniLM-L6-v2 where
     an installed package carries it, else None.
 
-    Lengths are in tokens, batches in rows. `with_probe_text`: the probe's training texts, without their labels, join
-    the corpus.
+    Lengths are in tokens, batches in rows. `with_probe_text`: the probe's training texts, without their labels, lead
+    the corpus; `rows` of it are used at most. `ask_once`: the teacher is run on them once for all students.
     """
 
     teacher: str | None = "auto"
@@ -60,16 +60,18 @@ class Config:
     teacher_rate: float = 1e-3
     masked: float = 0.3
     with_probe_text: bool = True
+    rows: int | None = 4096
+    ask_once: bool = True
     layers: int = 2
     width: int = 96
     dropout: float = 0.0
     relation_heads: int = 24
-    steps: int = 200
+    steps: int = 300
     batch: int = 32
     rate: float = 2e-3
     warmup: float = 0.1
     length: int = 64
-    heldout_rows: int = 256
+    heldout_rows: int = 128
     probe_rows: int = 12_000
     seeds: int = 3
 
@@ -82,7 +84,8 @@ PRESETS = {
     "small": Config(),
     "paper": Config(
         teacher="google-bert/bert-base-uncased", layers=6, width=384, dropout=0.1, relation_heads=48,
-        steps=400_000, batch=256, rate=3e-4, warmup=4000, length=512, probe_rows=67_349, seeds=1,
+        steps=400_000, batch=256, rate=3e-4, warmup=4000, length=512, probe_rows=67_349, seeds=1, rows=None,
+        ask_once=False,
     ),
 }  # fmt: skip
 
@@ -91,7 +94,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     probe_data = probe_texts(config)
     train_texts, heldout_texts = corpus(config)
     if config.with_probe_text:
-        train_texts = train_texts + probe_data["train"][0]
+        shuffled = np.random.default_rng(0).permutation(len(probe_data["train"][0]))
+        train_texts = [probe_data["train"][0][i] for i in shuffled] + train_texts
     if config.teacher == "auto":
         found = "all-MiniLM-L6-v2" if packaged("all-MiniLM-L6-v2") else None
         config = dataclasses.replace(config, teacher=found)
@@ -101,7 +105,6 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     else:
         teacher, teacher_loss = jf.load(config.teacher, head="none"), None
         tokenizer = load_tokenizer(teacher.source)
-    heldout = list(until(heldout_texts, 5 * config.length * config.heldout_rows))  # some five characters a token
     heads = config.heads if config.teacher is None else None
     size = StudentConfig(config.layers, config.width, heads, dropout=config.dropout)
     variants = {
@@ -110,6 +113,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         "v2": minilm.v2(relation_heads=config.relation_heads),
     }
 
+    training, heldout = batches(config, teacher, tokenizer, train_texts, heldout_texts, list(variants.values()))
     rows, curves = [], {}
 
     def note(record: dict[str, Any]) -> None:
@@ -130,10 +134,11 @@ def run(config: Config, out: Path) -> dict[str, Any]:
                 eval_every=max(config.steps // 5, 1),
                 log_every=max(config.steps // 50, 1),
             )
-            options = dict(tokenizer=tokenizer, max_length=config.length, batch_size=config.batch, heldout=heldout)
-            done = distil(teacher, size, train_texts, out / "student" if (name, seed) == ("v1", 0) else None, key=key,
-                          config=loss, train=train, directory=out / f"{name}-{seed}", **options)  # fmt: skip
-            began = heldout_loss(teacher, untrained, loss, heldout, tokenizer, config)
+            done = distil(
+                teacher, size, training, out / "student" if (name, seed) == ("v1", 0) else None, key=key, config=loss,
+                train=train, directory=out / f"{name}-{seed}", tokenizer=tokenizer, heldout=heldout,
+            )  # fmt: skip
+            began = heldout_loss(teacher, untrained, loss, heldout)
             held = [(0, began), *((h["step"], h["eval_loss"]) for h in done.history["student"] if "eval_loss" in h)]
             curves.setdefault(name, []).append(held)
             accuracy = probe(done.student, tokenizer, probe_data, config.length)
@@ -175,13 +180,16 @@ def corpus(config: Config) -> tuple[list[str], list[str]]:
     return tuple([t for t in read_texts(root / f"{part}.txt.gz") if t.strip()] for part in ("valid", "test"))
 
 
-def until(texts: list[str], characters: int) -> Iterator[str]:
-    """The first texts of together about so many characters, one at least."""
-    for text in texts:
-        yield text
-        characters -= len(text)
-        if characters <= 0:
-            return
+def batches(
+    config: Config, teacher: Any, tokenizer: Tokenizer, texts: list[str], heldout: list[str], variants: list[Any]
+) -> tuple[Any, Any]:
+    """(training batches, held-out batches) of packed text"""
+    found = []
+    for given, rows in ((texts, config.rows), (heldout, config.heldout_rows)):
+        packed = {k: v[:rows] for k, v in pack(given, tokenizer, config.length).items()}
+        found.append(minilm.teacher_rows(teacher, packed, variants) if config.ask_once else packed)
+    once = {"shuffle": False, "epochs": 1, "drop_remainder": False}
+    return array_batches(found[0], config.batch), array_batches(found[1], config.batch, **once)
 
 
 def probe_texts(config: Config) -> dict[str, Any]:
@@ -268,15 +276,11 @@ def train_teacher(
     return jf.load(out / "teacher"), done.last("eval_loss")
 
 
-def heldout_loss(
-    teacher: Any, student: Any, loss: minilm.MiniLMConfig, texts: list[str], tokenizer: Tokenizer, config: Config
-) -> float:
-    """The distillation loss of `student` as it is, a mean over the rows of `texts`."""
+def heldout_loss(teacher: Any, student: Any, loss: minilm.MiniLMConfig, heldout: Iterable[dict[str, Any]]) -> float:
+    """The distillation loss of `student` as it is, a mean over the rows of `heldout`."""
     objective, params, _ = minilm.minilm_objective(teacher, student, loss)
     evaluate = jax.jit(lambda params, batch: objective(None, params, batch, None)[0])
-    rows = pack(texts, tokenizer, config.length)
-    batches = array_batches(rows, config.batch, shuffle=False, epochs=1, drop_remainder=False)
-    parts = [(float(evaluate(params, b)), len(b["input_ids"])) for b in batches]
+    parts = [(float(evaluate(params, b)), len(b["input_ids"])) for b in heldout]
     return sum(v * n for v, n in parts) / sum(n for _, n in parts)
 
 

@@ -18,11 +18,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -31,6 +32,7 @@ from jaxformers.functional import functional
 from jaxformers.losses import kl_divergence
 from jaxformers.sites import reap
 
+TEACHER = "teacher."  # before the names of a batch's arrays that `teacher_rows` made
 PROJECTIONS = {"Q": "query", "K": "key", "V": "value"}
 
 
@@ -161,9 +163,10 @@ def minilm_objective(
 
     `params` is {"student": ..., "teacher": ...}; the teacher runs without dropout and without gradient. `freeze` names
     the teacher and the parts of the student that the loss does not reach (of a BERT: what comes after the projections
-    of the chosen layer), so that weight decay leaves them alone too. Batches hold input_ids and attention_mask (B, L).
-    Metrics: each relation under its pair's name. `options` (scan_layers, remat) go to
-    `jaxformers.functional` for the student; stacked layers cannot be frozen one by one and are left to the optimiser.
+    of the chosen layer), so that weight decay leaves them alone too. Batches hold input_ids and attention_mask (B, L),
+    and may hold what `teacher_rows` adds; the teacher is then not run. Metrics: each relation under its pair's name.
+    `options` (scan_layers, remat) go to `jaxformers.functional` for the student; stacked layers cannot be frozen one by
+    one and are left to the optimiser.
 
     Raises ValueError where layers, head counts, relation heads and widths of the two models do not fit together.
     """
@@ -177,7 +180,11 @@ def minilm_objective(
     def objective(apply: Any, params: dict[str, Any], batch: dict[str, Array], key: Array | None):
         mask = batch.get("attention_mask")
         inputs = {k: batch[k] for k in ("input_ids", "attention_mask") if k in batch}
-        _, seen_t = reap_teacher(jax.lax.stop_gradient(params["teacher"]), inputs)
+        seen_t = {name.removeprefix(TEACHER): x for name, x in batch.items() if name.startswith(TEACHER)}
+        if not seen_t:
+            _, seen_t = reap_teacher(jax.lax.stop_gradient(params["teacher"]), inputs)
+        elif missing := set(sites[0]) - seen_t.keys():
+            raise ValueError(f"batch: it holds other sites of the teacher than {sorted(missing)}; see teacher_rows")
         _, seen_s = reap_student(params["student"], inputs, rngs=key)
         terms = {}
         for pair, _ in config.relations:
@@ -191,6 +198,39 @@ def minilm_objective(
         reached = _reached(student, config, layers[1])
         frozen += [f"student.{p}" for p in paths.flatten(student_params) if not paths.matches(reached, p)]
     return objective, {"student": student_params, "teacher": teacher_params}, tuple(frozen)
+
+
+def teacher_rows(
+    teacher: nnx.Module,
+    rows: Mapping[str, Any],
+    configs: Iterable[MiniLMConfig],
+    *,
+    batch_size: int = 32,
+    dtype: str = "float16",
+) -> dict[str, np.ndarray]:
+    """`rows`, and what students by any of `configs` need to see of `teacher` there, computed once and for all.
+
+    The teacher is the larger part of a step's work: a corpus that is gone through several times, or by several
+    students, is better asked about once. `rows`: input_ids, attention_mask (n, L); added are arrays "teacher.<site>" in
+    `dtype`: (n, L, width) for a projection, (n, heads, L, L) for v1's scores. All of them are kept in memory. Raises
+    ValueError when `configs` is empty.
+    """
+    chosen = [(config, len(teacher.layers) if config.teacher_layer is None else config.teacher_layer)
+              for config in configs]  # fmt: skip
+    if not chosen:
+        raise ValueError("configs: at least one is needed")
+    apply, params = functional(teacher)
+    watch = reap(apply, sorted({site for config, layer in chosen for site in _sites(config, layer)}))
+    seen = jax.jit(lambda params, part: {k: x.astype(dtype) for k, x in watch(params, part)[1].items()})
+    found: dict[str, np.ndarray] = {}
+    n = len(rows["input_ids"])
+    for start in range(0, n, batch_size):
+        index = np.minimum(np.arange(start, start + batch_size), n - 1)  # one shape; the last batch repeats a row
+        part = {name: rows[name][index] for name in ("input_ids", "attention_mask") if name in rows}
+        for name, x in jax.device_get(seen(params, part)).items():
+            into = found.setdefault(TEACHER + name, np.empty((n, *x.shape[1:]), x.dtype))
+            into[start : start + batch_size] = x[: n - start]
+    return {**rows, **found}
 
 
 def check_models(teacher: nnx.Module, student: nnx.Module, config: MiniLMConfig) -> tuple[int, int]:
@@ -255,7 +295,8 @@ def _relation_logits(config: MiniLMConfig, pair: str, seen: Mapping[str, Array],
     """(batch, heads, query, key) before the mask."""
     prefix = f"layers.{layer - 1}.attention"
     if pair == "QK" and config.relation_heads is None:
-        return seen[f"{prefix}.scores"]
+        scores = seen[f"{prefix}.scores"]
+        return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     heads = config.relation_heads or _own_heads(attention, pair)
     return _logits(*(_split(seen[f"{prefix}.{PROJECTIONS[letter]}.output"], heads) for letter in pair))
 

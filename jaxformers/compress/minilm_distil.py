@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from jaxformers import hub, paths
-from jaxformers.compress.minilm import MiniLMConfig, check_models, is_causal, minilm_objective
+from jaxformers.compress.minilm import TEACHER, MiniLMConfig, check_models, is_causal, minilm_objective
 from jaxformers.data.batches import array_batches
 from jaxformers.data.text import join_documents, pack_blocks, read_texts, windows
 from jaxformers.data.tokenizers import Tokenizer, load_tokenizer
@@ -92,10 +92,11 @@ def distil(
         teacher: a checkpoint directory, a hub id, or a model. It runs without dropout and is left untouched.
         student: its sizes, or an architecture's whole Config (initialised at random).
         corpus: texts (a list of strings, or the path of a text file, .gz allowed, one document a line), packed to
-            `max_length` tokens each; or batches {"input_ids", "attention_mask"} (B, L), as `fit` takes them.
+            `max_length` tokens each; or batches {"input_ids", "attention_mask"} (B, L), as `fit` takes them, with what
+            `minilm.teacher_rows` adds or without.
         assistant: a model in between that is distilled first, by the same loss and schedule: its sizes, or "auto" for
             one of the teacher's depth and the student's width where the student has at most half of both.
-        heldout: texts for `eval_loss`, the loss on text not trained on.
+        heldout: for `eval_loss`, the loss on text not trained on: texts, or batches that can be gone through again.
         directory: where the stages keep metrics and checkpoints; a run found there is taken up again.
 
     Raises ValueError, before any compute, when the models do not fit together (see `check_models`), the tokenizer has
@@ -104,7 +105,8 @@ def distil(
     if not isinstance(teacher, nnx.Module):
         teacher = hub.load(teacher, head=hub.NO_HEAD)
     reads_text = not _is_batches(corpus)
-    if tokenizer is None and (reads_text or heldout is not None):
+    packs_heldout = heldout is not None and not _is_batches(heldout)
+    if tokenizer is None and (reads_text or packs_heldout):
         if teacher.source is None:
             raise ValueError("tokenizer: the teacher has no directory to read one from; pass tokenizer=")
         tokenizer = load_tokenizer(teacher.source)
@@ -124,14 +126,16 @@ def distil(
         _check_text(name, model, tokenizer, max_length if reads_text else None)
 
     data = corpus if not reads_text else array_batches(pack(corpus, tokenizer, max_length), batch_size)
-    held = None
-    if heldout is not None:
+    held = heldout
+    if packs_heldout:
         once = {"shuffle": False, "epochs": 1, "drop_remainder": False}
         held = array_batches(pack(heldout, tokenizer, max_length), batch_size, **once)
     history = {}
     for above, (name, below), stage in zip(chain, models.items(), stages, strict=False):
         options = {"scan_layers": train.scan_layers, "remat": train.remat}
         objective, params, freeze = minilm_objective(above, below, stage, **options)
+        if above is not teacher:
+            objective = _without_teacher(objective)
         run = dataclasses.replace(train, freeze=(*train.freeze, *freeze), scan_layers=False, remat=None)
         place = None if directory is None else Path(directory) / name
         result = fit(objective, params, data, run, key=keys[name][1], eval_data=held, directory=place, mesh=mesh)
@@ -216,6 +220,15 @@ def _stage(config: MiniLMConfig, *, first: bool, last: bool) -> MiniLMConfig:
     """Chosen layers belong to the two ends of the chain: an assistant is imitated, and imitates, at its last layer."""
     above, below = config.teacher_layer if first else None, config.student_layer if last else None
     return dataclasses.replace(config, teacher_layer=above, student_layer=below)
+
+
+def _without_teacher(objective: Any) -> Any:
+    """`objective` where batches hold what another model than this stage's teacher shows."""
+
+    def asked_anew(apply, params, batch, key):
+        return objective(apply, params, {k: v for k, v in batch.items() if not k.startswith(TEACHER)}, key)
+
+    return asked_anew
 
 
 def _positions(model: nnx.Module) -> int:

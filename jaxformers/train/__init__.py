@@ -1,11 +1,12 @@
 """Training: :func:`fit` and its parts."""
 
-from jaxformers.train.checkpoint import DamagedCheckpoint, load_params
+from jaxformers.train.checkpoint import CheckpointNotWritten, DamagedCheckpoint, load_params
 from jaxformers.train.config import TrainConfig
 from jaxformers.train.loop import FitResult, NonFiniteLoss, fit
 from jaxformers.train.optim import OptimConfig, adafactor, make_optimizer, schedule
 
 __all__ = [
+    "CheckpointNotWritten",
     "DamagedCheckpoint",
     "FitResult",
     "NonFiniteLoss",

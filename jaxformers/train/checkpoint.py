@@ -10,6 +10,7 @@ import gc
 import json
 import logging
 import os
+import shutil
 import sys
 import warnings
 import zlib
@@ -30,6 +31,17 @@ FORMAT = 1
 
 class DamagedCheckpoint(ValueError):
     """The files of a checkpoint are not what was saved."""
+
+
+class CheckpointNotWritten(OSError):
+    """A checkpoint could not be written, on a full disk for example; the ones before it are whole.
+
+    ``step``: the newest whole one, None without any. ``result``: the `FitResult` where training had come to its end.
+    """
+
+    def __init__(self, message: str, step: int | None):
+        super().__init__(message)
+        self.step, self.result = step, None
 
 
 class Checkpoints:
@@ -58,13 +70,15 @@ class Checkpoints:
     def save(self, state: State, notes: Mapping[str, Any], score: float | None = None) -> int:
         """Begin to write ``state``; the arrays are copied before this returns, the files follow in the background.
 
-        Returns the step. A step that is there already is not written again.
+        Returns the step. A step that is there already is not written again. Raises :class:`CheckpointNotWritten` when
+        this one cannot be, or the one before it could not.
         """
         step = int(state.step)
         if self._manager is None:
             self._open()
         if step in self._manager.all_steps():
             return step
+        self._try("check_for_errors")
         arrays = to_arrays(state)
         meta = {
             "format": FORMAT,
@@ -79,7 +93,7 @@ class Checkpoints:
         if score is not None:
             self.scores[step] = score
         saved = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
-        self._manager.save(step, args=saved, force=True)
+        self._try("save", step, args=saved, force=True)
         self.scores = {s: v for s, v in self.scores.items() if s in self._manager.all_steps()}
         return step
 
@@ -108,15 +122,42 @@ class Checkpoints:
             raise DamagedCheckpoint(f"no checkpoint in {self.directory} can be read ({told})")
         return None
 
-    def wait(self) -> None:
-        """Until everything begun is on disk. Raises what the background thread met, a full disk for example."""
+    def check(self) -> None:
+        """Raises :class:`CheckpointNotWritten` when the background thread has failed; does not wait for it."""
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            self._try("check_for_errors")
+
+    def wait(self) -> None:
+        """Until everything begun is on disk. Raises :class:`CheckpointNotWritten` when that failed."""
+        if self._manager is not None:
+            self._try("wait_until_finished")
 
     def close(self) -> None:
+        """`wait`, and let go of Orbax's threads."""
         if self._manager is not None:
-            self._manager.close()
+            self._try("close")
             self._manager = None
+
+    def _try(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """Call Orbax's manager; after a failure remove what it left and raise :class:`CheckpointNotWritten`."""
+        log, told = logging.getLogger("absl"), ""
+        before, log.disabled = log.disabled, True  # it prints each of its threads' tracebacks
+        try:
+            getattr(self._manager, method)(*args, **kwargs)
+        except Exception as error:  # Orbax and TensorStore raise many kinds, none of them OSError
+            told = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:600]}"
+        finally:
+            log.disabled = before
+        if not told:
+            return
+        self._manager = None
+        _drop_futures()
+        for left in self.directory.glob("*.orbax-checkpoint-tmp"):
+            shutil.rmtree(left, ignore_errors=True)
+        whole = self.steps()
+        last = f"the last whole one is of step {whole[-1]}" if whole else "there is none yet"
+        message = f"a checkpoint could not be written to {self.directory}, {last} ({told})"
+        raise CheckpointNotWritten(message, whole[-1] if whole else None)
 
     def _open(self) -> None:
         options = ocp.CheckpointManagerOptions(
@@ -287,13 +328,14 @@ def _read_arrays(step_directory: Path, meta: Mapping, like: Mapping[str, Any], p
 
 
 def _drop_futures() -> None:
-    """Collect what a failed read leaves: every array that was not waited for would print a traceback at some time."""
+    """Collect what a failure leaves: every future that was not waited for would print a traceback at some time."""
     log = logging.getLogger("asyncio")
     before, log.disabled = log.disabled, True
+    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gc.collect()
-    log.disabled = before
+    log.disabled, sys.unraisablehook = before, hook
 
 
 def _crc(meta: Mapping) -> int:

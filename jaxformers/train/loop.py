@@ -119,6 +119,9 @@ def fit(
     Raises:
         ValueError: an argument does not fit.
         NonFiniteLoss: see ``config.on_nan``.
+        CheckpointNotWritten: the disk is full, for example. Training stops at the next report or checkpoint; those
+            written before are whole, and the same call goes on from the last of them. Its ``result`` is what was
+            trained, where only the last checkpoint of a finished run failed.
         DamagedCheckpoint: there are checkpoints and none can be read.
     """
     enable_cache()
@@ -247,6 +250,8 @@ def fit(
                 due = lambda every: every and (step % every == 0 or step == config.steps)  # noqa: B023
                 if due(config.log_every):
                     settle()
+                    if checkpoints is not None:
+                        checkpoints.check()
                     extra = {} if rate is None else {"learning_rate": float(rate(step - 1))}
                     recorder.write({"kind": "train", "step": step, **recorder.meter.report(peak), **extra})
                 scores = {}
@@ -267,18 +272,30 @@ def fit(
                     settle()
                     with recorder.meter.paused():
                         save(scores)
+            params = join(state.params, frozen)
+            ema = None if state.ema is None else join(state.ema, frozen)
+            trained_model = None if model is None else _with_params(model, params)
+            result = FitResult(params, ema, trained_model, step, recorder.history)
             if checkpoints is not None:
                 with watch.waiting():
-                    checkpoints.wait()
+                    _wait(checkpoints, result)
     finally:
         watch.close()
         recorder.close()
         if checkpoints is not None:
             checkpoints.close()
+    return result
 
-    params = join(state.params, frozen)
-    ema = None if state.ema is None else join(state.ema, frozen)
-    return FitResult(params, ema, None if model is None else _with_params(model, params), step, recorder.history)
+
+def _wait(checkpoints: Any, result: FitResult) -> None:
+    """Until the last checkpoint is on disk; should that fail, what was trained is not lost with it."""
+    from jaxformers.train.checkpoint import CheckpointNotWritten
+
+    try:
+        checkpoints.wait()
+    except CheckpointNotWritten as error:
+        error.result = result
+        raise
 
 
 def _functional(given: Any, apply: Callable | None, config: TrainConfig) -> tuple[Any, Any, nnx.Module | None]:

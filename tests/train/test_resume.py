@@ -401,3 +401,22 @@ def test_fingerprint_does_not_depend_on_the_sharding():
     spec = jax.sharding.PartitionSpec("b", "a")
     spread = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
     assert fingerprints({"x": spread}) == fingerprints({"x": jax.numpy.asarray(x)})
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint_whole(unbroken, tmp_path):
+    stopped = run(tmp_path / "run", tmp_path / "out.npz", "--full-at", 10)
+    assert stopped.returncode == 1 and stopped.stderr.count("Traceback") == 1, stopped.stderr
+    last = stopped.stderr.strip().splitlines()[-1]
+    assert "CheckpointNotWritten: a checkpoint could not be written to" in last and "of step 7" in last
+    assert "File too large" in last
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["7"], "nothing half-written is left"
+    again = run(tmp_path / "run", tmp_path / "out.npz")
+    assert again.returncode == 0, again.stderr
+    same(unbroken[1], tmp_path / "out.npz")
+
+
+def test_a_full_disk_at_the_end_does_not_lose_what_was_trained(unbroken, tmp_path):
+    done = run(tmp_path / "run", tmp_path / "out.npz", "--full-at", 37)
+    assert done.returncode == 0, done.stderr
+    same(unbroken[1], tmp_path / "out.npz")
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps()[-1] == 35

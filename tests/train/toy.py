@@ -1,11 +1,13 @@
 """A two-layer perceptron, data and an objective for the tests of the loop; run as a script it is a run to be killed.
 
-python toy.py DIRECTORY OUT.npz [--kill-at N] [--term-at N] [--mesh data=2,fsdp=4] [--steps N] …
+python toy.py DIRECTORY OUT.npz [--kill-at N] [--term-at N] [--full-at N] [--mesh data=2,fsdp=4] [--steps N] …
 """
 
 import argparse
 import os
+import resource
 import signal
+import time
 from pathlib import Path
 
 import jaxformers  # noqa: F401  (before jax: it keeps an idle libtpu quiet)
@@ -16,7 +18,7 @@ import numpy as np
 
 from jaxformers.data.batches import array_batches
 from jaxformers.distributed import initialize
-from jaxformers.train import OptimConfig, TrainConfig, fit
+from jaxformers.train import CheckpointNotWritten, OptimConfig, TrainConfig, fit
 
 
 def apply(params, batch, *, rngs=None):
@@ -44,12 +46,19 @@ def arrays(n=96):
     return {"x": x, "y": np.stack([np.sin(x.sum(1)), x.prod(1)], 1).astype(np.float32)}
 
 
+def limit_files(size):
+    """What a full disk is to those who write: no file may grow beyond `size` bytes (None: as they like)."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("directory")
     parser.add_argument("out")
     parser.add_argument("--kill-at", type=int, default=0)
     parser.add_argument("--term-at", type=int, default=0)
+    parser.add_argument("--full-at", type=int, default=0, help="from this batch on no file may grow large")
     parser.add_argument("--mesh")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--checkpoint-every", type=int, default=7)
@@ -70,6 +79,11 @@ def main():
         if seen[0] == args.term_at:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)  # a second one while the first is being served changes nothing
+        if seen[0] == args.full_at:
+            last = (args.full_at - 1) // args.checkpoint_every * args.checkpoint_every
+            while not (Path(args.directory) / "checkpoints" / str(last)).is_dir():
+                time.sleep(0.05)
+            limit_files(2500)
         return batch
 
     data = array_batches(arrays(), 16, seed=3, threads=0, transform=signals)
@@ -83,9 +97,15 @@ def main():
         peer_timeout=args.peer_timeout,
     )
     mesh = jaxformers.mesh(args.mesh) if args.mesh else None
-    result = fit(
-        objective, (apply, parameters()), data, config, key=jax.random.key(7), directory=args.directory, mesh=mesh
-    )
+    try:
+        result = fit(
+            objective, (apply, parameters()), data, config, key=jax.random.key(7), directory=args.directory, mesh=mesh
+        )
+    except CheckpointNotWritten as error:
+        if error.result is None:
+            raise
+        result = error.result
+        limit_files(None)
     gather = lambda tree: tree
     if args.process:  # every process holds a part
         from jax.experimental.multihost_utils import process_allgather
