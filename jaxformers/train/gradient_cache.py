@@ -5,7 +5,7 @@ encode the batch in chunks without keeping activations, take the loss on all emb
 chunk once more, with the same dropout key, to turn its rows' cotangents into parameter gradients, which add up. That is
 reverse-mode differentiation of a scan over checkpointed chunks, and is written as just that: the result is an ordinary
 function, so that `jax.grad` of any loss of it is the cached gradient. Three encoder passes instead of two; the
-activations of one chunk instead of all.
+activations of one chunk instead of all. A batch of one chunk is encoded as it is.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def gradient_cache(encode: Callable[..., Any], chunk: int) -> Callable[..., Any]
 
         # Chunk c holds the rows c, c + whole, c + 2 whole, ...: of rows sharded over devices, some of every device's.
         deal = lambda x: jnp.swapaxes(x[: whole * chunk].reshape(chunk, whole, *x.shape[1:]), 0, 1)
+        if whole == 1 and not rest:  # nothing to save: the activations of one chunk are kept anyway
+            return encode_chunk(0, inputs)
         head = jax.tree.map(deal, inputs)
         # Inside a scan the compiler cannot merge the two passes, so no barrier against that is needed.
         body = jax.checkpoint(lambda c_part: encode_chunk(*c_part), prevent_cse=False)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import jaxformers as jf
-from jaxformers.compress.minilm import v1, v2
+from jaxformers.compress.minilm import teacher_rows, v1, v2
 from jaxformers.compress.minilm_distil import StudentConfig, _assistant, distil, pack, student_model
+from jaxformers.data.batches import array_batches
 from jaxformers.data.text import english_text
 from jaxformers.data.tokenizers import train_wordpiece
 from jaxformers.models import bert, llama
@@ -124,6 +125,20 @@ def test_batches_can_be_given(teacher):
     assert len(result.student.layers) == 1
     records = result.history["student"]
     assert records[-1]["step"] == 4 and records[-1]["loss"] == pytest.approx(records[-1]["QK"] + records[-1]["VV"])
+
+
+def test_a_teacher_asked_beforehand_teaches_the_assistant_alone(teacher, texts, tokenizer):
+    rows = {k: x[:32] for k, x in pack(texts, tokenizer, 16).items()}
+    known = teacher_rows(teacher, rows, [v1()], dtype="float32")
+    held = array_batches(known, 16, shuffle=False, epochs=1)
+    go = lambda rows, heldout: distil(
+        teacher, StudentConfig(1, 8), array_batches(rows, 8), assistant=StudentConfig(2, 8), heldout=heldout,
+        train=training(4), key=jax.random.key(0),
+    )  # fmt: skip
+    with_rows, without = go(known, held), go(rows, array_batches(rows, 16, shuffle=False, epochs=1))
+    for name in ("assistant", "student"):
+        a, b = (r.history[name][-1]["eval_loss"] for r in (with_rows, without))
+        assert a == pytest.approx(b, rel=1e-4), name
 
 
 def test_packing(tokenizer, texts, tmp_path):

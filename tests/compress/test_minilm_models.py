@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxformers import functional, hub, paths, with_params
-from jaxformers.compress.minilm import MiniLMConfig, check_models, minilm_objective, v1, v2
+from jaxformers.compress.minilm import MiniLMConfig, check_models, minilm_objective, teacher_rows, v1, v2
 from jaxformers.models import bert, llama
 
 
@@ -151,6 +151,32 @@ def test_dropout_acts_on_the_student_only():
     assert values[0] == values[1] and values[0] != values[2] != values[3]
     grads = jax.jit(jax.grad(lambda p: objective(None, p, batch, None)[0]))(params)
     assert all((g == 0).all() for g in jax.tree.leaves(grads["teacher"]))
+
+
+def test_the_teacher_may_be_asked_beforehand():
+    teacher, student = small(3, hidden_dropout_prob=0.5), small(2)
+    rows = {"input_ids": np.arange(40, dtype=np.int32).reshape(5, 8), "attention_mask": np.ones((5, 8), np.int32)}
+    rows["attention_mask"][3, 5:] = 0
+    configs = [v1(), v2(relation_heads=2, teacher_layer=2)]
+    known = teacher_rows(teacher, rows, configs, batch_size=2, dtype="float32")  # 5 rows: the last batch is a small one
+    assert {name for name in known if name.startswith("teacher.")} == {
+        "teacher.layers.2.attention.scores", "teacher.layers.2.attention.value.output",
+        *(f"teacher.layers.1.attention.{name}.output" for name in ("query", "key", "value")),
+    }  # fmt: skip
+    for config in configs:
+        objective, params, _ = minilm_objective(teacher, student, config)
+        params["student"]["layers"]["0"]["attention"]["query"]["kernel"] *= 9.0  # something to tell apart
+        loss = jax.jit(lambda p, b: objective(None, p, b, None)[0])  # noqa: B023
+        np.testing.assert_allclose(loss(params, known), loss(params, rows), rtol=1e-5)
+        nobody = {**params, "teacher": jax.tree.map(jnp.zeros_like, params["teacher"])}
+        assert loss(nobody, known) == loss(params, known) != loss(nobody, rows), "the teacher is not run again"
+        half = teacher_rows(teacher, rows, [config], dtype="float16")
+        np.testing.assert_allclose(loss(params, half), loss(params, rows), rtol=1e-2)
+    objective, params, _ = minilm_objective(teacher, student, v1(teacher_layer=1))
+    with pytest.raises(ValueError, match=r"other sites of the teacher than .*layers.0.attention.scores"):
+        objective(None, params, known, None)
+    with pytest.raises(ValueError, match="configs"):
+        teacher_rows(teacher, rows, [])
 
 
 def test_decoders_with_grouped_heads():
