@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import jaxformers as jf
 from experiments import common
@@ -285,7 +284,7 @@ def heldout_loss(teacher: Any, student: Any, loss: minilm.MiniLMConfig, heldout:
 
 
 def parameters(model: Any) -> int:
-    return optax.tree_utils.tree_size(jf.functional(model)[1])
+    return sum(x.size for x in jax.tree.leaves(jf.functional(model)[1]))
 
 
 def draw(fig: Any, rows: list[dict], curves: dict[str, list], teacher: float) -> None:
