@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxformers.kernels.grouped import grouped_matmul
 from jaxformers.mesh import current, cut
 from jaxformers.nn.linear import Linear
 from jaxformers.nn.mlp import MLP, activation
@@ -117,7 +118,7 @@ class Experts(nnx.Module):
     """E MLPs ``up``, ``down`` and perhaps ``gate`` (as in :class:`jaxformers.nn.MLP`) of which each token uses a few.
 
     No token is ever dropped. Three ways give the same sum: the weights of the chosen experts are gathered (few tokens:
-    a decoding step); or tokens are sorted by expert and each expert multiplies its own (``jax.lax.ragged_dot``); or all
+    a decoding step); or tokens are sorted by expert and each expert multiplies its own (``kernels/grouped.py``); or all
     experts see all tokens and the rest is masked, on CPUs, which have no fast ragged product, and wherever
     the site is used. Site ``hidden`` (B, L, k, hidden): what enters the chosen experts' ``down``.
 
@@ -233,7 +234,8 @@ def _spread(compute: Any, x: Array, ids: Array, gates: Array, kernels: dict[str,
         return jax.lax.psum(y, expert)
 
     tokens, weights = PartitionSpec(batch or None), PartitionSpec(expert or None)
-    specs, axes = (tokens, tokens, tokens, weights), {*batch, *expert}
+    single = (name for name, size in mesh.shape.items() if size == 1)  # or no kernel could run, which XLA cannot cut
+    specs, axes = (tokens, tokens, tokens, weights), {*batch, *expert, *single}
     return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=tokens, axis_names=axes, check_vma=False)(
         x, ids, gates, kernels
     )
@@ -301,11 +303,10 @@ def _sorted(x: Array, ids: Array, gates: Array, kernels: dict[str, Any], act: st
     sizes = (flat[:, None] == jnp.arange(experts)).sum(axis=0, dtype=jnp.int32)
 
     def linear(x: Array, kernel: Array, bias: Array | None) -> Array:
-        y = jax.lax.ragged_dot(x, kernel, sizes)
+        y = grouped_matmul(x, kernel, sizes)
         return y if bias is None else y + bias[jnp.minimum(flat[order], experts - 1)]
 
     own = x[order // k]
     hidden = _hidden(kernels, act, lambda *layer: linear(own, *layer))
     y = linear(hidden, *kernels["down"]) * gates.reshape(-1)[order, None]
-    y = jnp.where((flat[order] < experts)[:, None], y, 0)  # behind the last group a ragged product promises nothing
     return jnp.zeros_like(x).at[order // k].add(y)
