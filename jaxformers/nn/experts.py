@@ -122,8 +122,9 @@ class Experts(nnx.Module):
     experts see all tokens and the rest is masked, on CPUs, which have no fast ragged product, and wherever
     the site is used. Site ``hidden`` (B, L, k, hidden): what enters the chosen experts' ``down``.
 
-    Under :func:`jaxformers.mesh.constrained` each device takes the experts that its part of the mesh axis "expert"
-    holds and the tokens of its part of the batch; what they give is summed over that axis, and no expert moves.
+    Under :func:`jaxformers.mesh.constrained` each device takes the tokens of its part of the batch, the experts of its
+    part of the mesh axis "expert" and the hidden units of its part of "tensor"; what they give is summed over those
+    two, and no expert moves along them.
     """
 
     def __init__(
@@ -215,27 +216,31 @@ class MoE(nnx.Module):
 
 
 def _spread(compute: Any, x: Array, ids: Array, gates: Array, kernels: dict[str, Any]) -> Array:
-    """``compute`` on each device's own tokens and experts, where a mesh is known; elsewhere simply ``compute``.
+    """``compute`` on each device's own tokens, experts and hidden units, where a mesh is known.
 
     Of a token's ids those of other devices' experts become E, one beyond the last, with a gate of 0.
     """
-    mesh, experts = current(), kernels["up"][0].shape[0]
-    batch, expert = (cut(axis, size) for axis, size in (("batch", x.shape[0]), ("expert", experts)))
-    if not batch and not expert:
+    mesh, (kernel, _) = current(), kernels["up"]
+    batch, expert, mlp = cut("batch", x.shape[0]), cut("expert", kernel.shape[0]), cut("mlp", kernel.shape[2])
+    mlp = mlp if kernels["down"][1] is None else ()  # a bias of the sum must not be added by each
+    if not (batch or expert or mlp):
         return compute(x, ids, gates, kernels)
 
     def own(x: Array, ids: Array, gates: Array, kernels: dict[str, Any]) -> Array:
-        if not expert:
-            return compute(x, ids, gates, kernels)
-        held = kernels["up"][0].shape[0]
-        ids = ids - jax.lax.axis_index(expert) * held
-        mine = (ids >= 0) & (ids < held)
-        y = compute(x, jnp.where(mine, ids, held), jnp.where(mine, gates, 0), kernels)
-        return jax.lax.psum(y, expert)
+        if expert:
+            held = kernels["up"][0].shape[0]
+            ids = ids - jax.lax.axis_index(expert) * held
+            mine = (ids >= 0) & (ids < held)
+            ids, gates = jnp.where(mine, ids, held), jnp.where(mine, gates, 0)
+        y = compute(x, ids, gates, kernels)
+        return jax.lax.psum(y, (*expert, *mlp)) if expert or mlp else y
 
-    tokens, weights = PartitionSpec(batch or None), PartitionSpec(expert or None)
+    tokens, e, h = (PartitionSpec(axes or None) for axes in (batch, expert, mlp))
+    into, out = (PartitionSpec(*e, None, *h), PartitionSpec(*e, *h)), (PartitionSpec(*e, *h, None), e)
+    layers = {name: out if name == "down" else into for name in kernels}
     single = (name for name, size in mesh.shape.items() if size == 1)  # or no kernel could run, which XLA cannot cut
-    specs, axes = (tokens, tokens, tokens, weights), {*batch, *expert, *single}
+    axes = {*batch, *expert, *mlp, *single}
+    specs = (tokens, tokens, tokens, layers)
     return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=tokens, axis_names=axes, check_vma=False)(
         x, ids, gates, kernels
     )

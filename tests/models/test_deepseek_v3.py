@@ -246,7 +246,10 @@ def test_experts_on_devices_of_their_own(oracles):
 
 
 @eight
-@pytest.mark.parametrize(("shape", "moved"), [("expert=8", 0), ("fsdp=2,expert=4", None), ("data=2,expert=2", None)])
+@pytest.mark.parametrize(
+    ("shape", "moved"),
+    [("expert=8", 0), ("fsdp=2,expert=4", None), ("data=2,expert=2,tensor=2", None), ("tensor=8", None)],
+)
 @pytest.mark.parametrize("way", ["_fastest", "_sorted", "_gathered"])
 def test_experts_stay_where_they_are(shape, moved, way, oracles, monkeypatch):
     model, expected = load(oracles, "moe_mla")
