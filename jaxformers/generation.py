@@ -93,13 +93,13 @@ def generate(
     ``eos_token_id``: the token, or tokens, at which a row stops; by default those of ``generation_config.json``, else
     of ``config.json``, else the tokenizer's. ``()`` never stops. ``stop_sequences``: more that ends a row, each a list
     of token ids or a text. ``decoder_prompt``: the ids that an encoder–decoder's decoder starts from, by default the
-    checkpoint's ``decoder_start_token_id``. ``tokenizer`` defaults to the one in the directory the model came from, and
-    is not needed for ids.
+    checkpoint's ``decoder_start_token_id``. Nothing else that ``generation_config.json`` may say is applied.
+    ``tokenizer`` defaults to the one in the directory the model came from, and is not needed for ids.
 
     ``stream(step, {row: token})`` is called after each step, in order, with the new token of each row (numbered as the
     prompts are) that had not stopped. Streaming, and stop sequences that are texts, hand control back to Python at each
-    step: nothing more is compiled, but each step waits for its tokens, which costs small models about as much as the
-    step, and accelerators a round trip. Token ids as stop sequences cost nothing.
+    step: nothing more is compiled, but each step is dispatched and waited for, which costs a CPU milliseconds, and an
+    accelerator a round trip. Token ids as stop sequences cost nothing.
 
     ``batch_size`` prompts run at a time (times beams: ``batch_size`` sequences), the longest first; ``stream`` then
     begins again at step 0. ``pixel_values``: the images of all prompts, for a model that reads images: in the order of
@@ -118,6 +118,7 @@ def generate(
     sampler = _sampler(model.config.vocab_size, temperature, top_k, top_p, min_p, repetition_penalty, key)
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("num_beams", num_beams)):
         _whole(name, value)
+    num_beams = int(num_beams)
     search = _search(num_beams, length_penalty, early_stopping, sampler, max_new_tokens)
     returned = _returned(num_beams, num_return_sequences, return_scores)
     single, texts = (np.ndim(pixel_values) == 3, tokenizer is not None) if prompts is None else form(prompts)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import jaxformers as jf
-from jaxformers import beam
+from jaxformers import beam, decoding
 from jaxformers.models import gpt2, t5
 from jaxformers.nn import cache as caches
 
@@ -131,6 +131,19 @@ def test_settings_compile_nothing(model):
     assert beam.search._cache_size() == 1
     run(num_return_sequences=2)
     assert beam.search._cache_size() == 1
+
+
+def test_an_encoder_decoder_compiles_once_a_bucket(oracles):
+    model = jf.load(oracles / "backbones" / "t5-v1_0")
+    for program in (decoding.start, decoding.go_on):
+        program.clear_cache()
+    run = lambda *lengths, **more: jf.generate(model, [[5] * n for n in lengths], max_new_tokens=6, **more)
+    run(3, 5)
+    run(16, 1, temperature=0.7, top_k=5, min_p=0.1, key=jax.random.key(0), repetition_penalty=2.0)
+    run(9, 4, decoder_prompt=[7], eos_token_id=[3, 4], stop_sequences=[[5, 6]])
+    assert (decoding.start._cache_size(), decoding.go_on._cache_size()) == (1, 1)
+    run(17, 1)  # a longer input
+    assert (decoding.start._cache_size(), decoding.go_on._cache_size()) == (2, 2)
 
 
 def test_caches_repeated_and_reordered():

@@ -9,7 +9,13 @@ from jaxformers.safetensors_file import show
 
 C = TypeVar("C")
 POSITIVE = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-LIMITS = {"num_hidden_layers": 2000, "num_attention_heads": 4096, "num_labels": 10_000_000}
+LIMITS = {
+    "num_hidden_layers": 2000,
+    "num_attention_heads": 4096,
+    "num_labels": 10_000_000,
+    "num_decoder_layers": 2000,
+    "relative_attention_max_distance": 1_000_000,
+}
 
 
 def from_hf(cls: type[C], hf: Mapping[str, Any], names: Mapping[str, str], **computed: Any) -> C:

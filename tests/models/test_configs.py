@@ -11,7 +11,7 @@ from flax import nnx
 from jaxformers import models, nn, paths
 from jaxformers.models import gpt2, keymap, llama, mpnet, opt, roberta
 
-NAMES = ("bert", "distilbert", "gpt2", "llama", "mpnet", "opt", "roberta")
+NAMES = ("bert", "distilbert", "gpt2", "llama", "mpnet", "opt", "roberta", "t5")
 SMALL = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
 
 

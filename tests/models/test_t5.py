@@ -300,6 +300,8 @@ def test_errors(oracles):
         ({"feed_forward_proj": "relu", "is_gated_act": True}, "is_gated_act"),
         ({"relative_attention_num_buckets": 2}, "relative_attention_num_buckets 2"),
         ({"relative_attention_max_distance": 16}, "relative_attention_max_distance 16"),
+        ({"num_decoder_layers": 10**9}, "num_decoder_layers = 1000000000 is beyond reason"),
+        ({"relative_attention_max_distance": 10**9}, "relative_attention_max_distance = 1000000000 is beyond reason"),
         ({"eos_token_id": [1, 2]}, "eos_token_id must be a whole number"),
     ):
         with pytest.raises(ValueError, match=message):
