@@ -26,9 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxformers.kernels import retention_gpu
+from jaxformers.kernels import retention_gpu, retention_tpu
 from jaxformers.kernels.attention import platform
 
+KERNELS = {"pallas_gpu": retention_gpu, "pallas_tpu": retention_tpu}
 WORTH = 512  # steps from which a kernel beats XLA
 
 
@@ -117,17 +118,26 @@ def retention(
         return _recurrent(*x)
     if form != "chunkwise":
         raise ValueError(f"form: expected chunkwise, parallel or recurrent, got {form!r}")
-    if implementation is None:
-        fits = max(size, v.shape[3]) <= 256
-        implementation = "pallas_gpu" if platform() == "gpu" and length >= WORTH and fits else "xla"
+    implementation = implementation or choose(length, chunk, max(size, v.shape[3]))
     if implementation == "xla":
         inside = _inside
-    elif implementation == "pallas_gpu":
-        tiles = tiles or retention_gpu.default_tiles(max(size, v.shape[3]), q.dtype)
-        inside = partial(retention_gpu.inside, tiles=tiles, interpret=interpret)
+    elif implementation in KERNELS:
+        kernels = KERNELS[implementation]
+        tiles = tiles or kernels.default_tiles(max(size, v.shape[3]), q.dtype)
+        inside = partial(kernels.inside, tiles=tiles, interpret=interpret)
     else:
-        raise ValueError(f"implementation: expected xla or pallas_gpu, got {implementation!r}")
+        raise ValueError(f"implementation: expected xla, {', '.join(KERNELS)}, got {implementation!r}")
     return _chunkwise(*x, chunk, inside)
+
+
+def choose(length: int, chunk: int, size: int) -> str:
+    """The implementation of the chunks on the platform that is compiled for, by steps and the larger size of a head."""
+    where = platform()
+    if length < WORTH or size > 256:
+        return "xla"
+    if where == "tpu" and chunk % 128 == 0:
+        return "pallas_tpu"
+    return "pallas_gpu" if where == "gpu" else "xla"
 
 
 def step(q, k, v, state, log_decay, gap, *, positions: XPos | None = None, scale: float | None = None):

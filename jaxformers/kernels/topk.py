@@ -17,6 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
 from jaxformers.kernels.attention import platform
@@ -54,7 +55,7 @@ def topk(
     ``queries`` (n, D), descending.
 
     ``count``: only so many keys are real (the rest is padding; it may be traced, and must be at least k).
-    ``implementation``: None (:func:`choose`), "xla" or "pallas_gpu".
+    ``implementation``: None (:func:`choose`), "xla", "pallas_gpu" or "pallas_tpu".
 
     Raises ValueError for shapes or a k that do not fit.
     """
@@ -68,7 +69,9 @@ def topk(
         return reference(queries, keys, k, count)
     if implementation == "pallas_gpu":
         return _gpu(queries, keys, k, count, tile or Tile(), interpret)
-    raise ValueError(f"implementation: expected xla or pallas_gpu, got {implementation!r}")
+    if implementation == "pallas_tpu":
+        return _tpu(queries, keys, k, count, tile or Tile(256, 512), interpret)
+    raise ValueError(f"implementation: expected xla, pallas_gpu or pallas_tpu, got {implementation!r}")
 
 
 def choose(keys: int, k: int) -> str:
@@ -88,24 +91,30 @@ def merge(scores: jax.Array, indices: jax.Array, k: int):
     return -scores[:, :k], indices[:, :k]
 
 
-def take(scores, offset, best, indices, k: int):
-    """Replace the worst of ``best`` (rows, slots) by what beats it among ``scores`` (rows, keys), whose first key has
-    index ``offset``. Slots from k on hold infinity. The candidates are in no order; the worst is the one of largest
-    index among the least scores."""
+def bounds(scores, best):
+    """Each row's largest new score and its worst candidate, and whether any of the former beats the latter."""
+    top, worst = scores.max(axis=1, keepdims=True), best.min(axis=1, keepdims=True)
+    return top, worst, (top > worst).astype(jnp.int32).max(axis=1).max(axis=0)
+
+
+def exchange(scores, best, indices, top, worst, offset):
+    """One round: where a row's largest of ``scores`` (rows, keys) beats its worst of ``best`` (rows, slots), it takes
+    that place. The first key has index ``offset``. The candidates are in no order; of equals the worst is that of the
+    largest index. Slots from k on hold infinity."""
     column = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    at = jnp.where(scores == top, column, scores.shape[1]).min(axis=1, keepdims=True)
+    last = jnp.where(best == worst, indices, -(1 << 30)).max(axis=1, keepdims=True)
+    hit = (best == worst) & (indices == last) & (top > worst)
+    best, indices = jnp.where(hit, top, best), jnp.where(hit, at + offset, indices)
+    return jnp.where(column == at, -jnp.inf, scores), best, indices
+
+
+def take(scores, offset, best, indices):
+    """:func:`exchange` until no new score beats a candidate: (best, indices)."""
 
     def body(carry):
-        scores, best, indices, top, worst, _ = carry
-        at = jnp.where(scores == top, column, scores.shape[1]).min(axis=1, keepdims=True)
-        last = jnp.where(best == worst, indices, -(1 << 30)).max(axis=1, keepdims=True)
-        hit = (best == worst) & (indices == last) & (top > worst)
-        best, indices = jnp.where(hit, top, best), jnp.where(hit, at + offset, indices)
-        scores = jnp.where(column == at, -jnp.inf, scores)
+        scores, best, indices = exchange(*carry[:5], offset)
         return (scores, best, indices, *bounds(scores, best))
-
-    def bounds(scores, best):
-        top, worst = scores.max(axis=1, keepdims=True), best.min(axis=1, keepdims=True)
-        return top, worst, (top > worst).astype(jnp.int32).max(axis=1).max(axis=0)
 
     start = (scores, best, indices, *bounds(scores, best))
     return jax.lax.while_loop(lambda carry: carry[5] > 0, body, start)[1:3]
@@ -144,7 +153,7 @@ def _gpu_kernel(
         scores = jnp.zeros((tile.queries, tile.keys), jnp.float32)
         scores = jax.lax.fori_loop(0, pl.cdiv(width, tile.columns), product, scores)
         scores = jnp.where((index < count_ref[0])[None, :] & (rows < n)[:, None], scores, -jnp.inf)
-        return take(scores, j * tile.keys, *carry, k)
+        return take(scores, j * tile.keys, *carry)
 
     first = share * steps
     last = jnp.minimum(first + steps, pl.cdiv(m, tile.keys))
@@ -182,3 +191,54 @@ def _gpu(queries, keys, k: int, count, tile: Tile, interpret: bool):
     )(queries, keys, count.reshape(1))
     flat = lambda a: jnp.moveaxis(a, 0, 1).reshape(n, splits * k)
     return merge(flat(scores), flat(indices), k)
+
+
+def _tpu_kernel(count_ref, q_ref, k_ref, score_ref, index_ref, scores_ref, *, k: int, exact):
+    """The grid's last axis walks over the keys; the candidates stay in VMEM."""
+    j = pl.program_id(1)
+    rows, keys = scores_ref.shape
+
+    @pl.when(j == 0)
+    def _():
+        score_ref[...], index_ref[...] = empty(rows, score_ref.shape[1], k)
+
+    index = j * keys + jax.lax.broadcasted_iota(jnp.int32, (rows, keys), 1)
+    product = dot(q_ref[...], k_ref[...], trans_b=True, precision=exact)
+    scores_ref[...] = jnp.where(index < count_ref[0], product, -jnp.inf)
+
+    def body(_):
+        top, worst, _ = bounds(scores_ref[...], score_ref[...])
+        found = exchange(scores_ref[...], score_ref[...], index_ref[...], top, worst, j * keys)
+        scores_ref[...], score_ref[...], index_ref[...] = found
+        return bounds(scores_ref[...], score_ref[...])[2]
+
+    jax.lax.while_loop(lambda more: more > 0, body, bounds(scores_ref[...], score_ref[...])[2])
+
+
+@functools.partial(jax.jit, static_argnames=("k", "tile", "interpret"))
+def _tpu(queries, keys, k: int, count, tile: Tile, interpret: bool):
+    (n, width), m = queries.shape, len(keys)
+    slots = pl.cdiv(k, 128) * 128
+    edge = min(tile.queries, pl.cdiv(n, 8) * 8), min(tile.keys, pl.cdiv(m, 128) * 128)
+    blocks, steps = pl.cdiv(n, edge[0]), pl.cdiv(m, edge[1])
+    exact = "highest" if keys.dtype == jnp.float32 else None
+    at = lambda i, j, *_: (i, 0)
+    scores, indices = pl.pallas_call(
+        functools.partial(_tpu_kernel, k=k, exact=exact),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(blocks, steps),
+            in_specs=[pl.BlockSpec((edge[0], width), at), pl.BlockSpec((edge[1], width), lambda i, j, *_: (j, 0))],
+            out_specs=[pl.BlockSpec((edge[0], slots), at)] * 2,
+            scratch_shapes=[pltpu.VMEM(edge, jnp.float32)],
+        ),
+        out_shape=[jax.ShapeDtypeStruct((blocks * edge[0], slots), t) for t in (jnp.float32, jnp.int32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+        name="topk_kernel",
+    )(
+        count.reshape(1),
+        jnp.pad(queries, ((0, blocks * edge[0] - n), (0, 0))),
+        jnp.pad(keys, ((0, steps * edge[1] - m), (0, 0))),
+    )
+    return merge(scores[:n, :k], indices[:n, :k], k)
