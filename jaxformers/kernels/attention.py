@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxformers.kernels import attention_gpu, attention_tpu
-from jaxformers.kernels.tiles import MASKED, Rules, seen
+from jaxformers.kernels.tiles import MASKED, Rules, platform, seen
 
 KERNELS = {"pallas_gpu": attention_gpu, "pallas_tpu": attention_tpu}
 WORTH = 1024  # keys from which a kernel beats XLA's fused softmax
@@ -115,13 +115,6 @@ def column_sums(
     tiles = tiles or kernels.default_tiles(q.shape[-1], q.dtype)
     x = {**x, "lse": lse.astype(jnp.float32), "votes": votes.astype(jnp.float32)}
     return _no_gradient(kernels, rules, scale, tiles.dkv, interpret, x)
-
-
-def platform() -> str:
-    """The platform that is compiled for: that of the mesh in use (dry runs name a foreign one), or JAX's default."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    found = getattr(device, "platform", None) or jax.default_backend()
-    return "gpu" if found in ("cuda", "rocm") else found
 
 
 def choose(x: dict[str, Any], rules: Rules, *, return_lse: bool = False) -> str:

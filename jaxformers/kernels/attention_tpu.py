@@ -24,7 +24,7 @@ LANES = 128
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Queries and keys of a tile, multiples of 128."""
+    """Queries and keys of a tile, multiples of 16 and of 128."""
 
     q: int = 512
     k: int = 512
@@ -110,7 +110,7 @@ def _forward_kernel(x: Operands, out: Operands, scratch: Operands, i, j, *, t: _
         if allowed is not None:
             p = jnp.where(allowed, p, 0.0)
         shrink = jnp.exp(old - new)
-        v = x["v"][...]
+        v = x["v"][...] if "v" in x else x["k"][:, : acc.shape[1]]
         acc[...] = acc[...] * shrink + dot(p.astype(v.dtype), v, precision=t.exact)
         top[...] = jnp.broadcast_to(new, top.shape)
         total[...] = jnp.broadcast_to(total[:, :1] * shrink + p.sum(axis=1, keepdims=True), total.shape)
@@ -196,11 +196,15 @@ def _dbias_kernel(x: Operands, out: Operands, scratch: Operands, i, j, *, t: _Ti
 # --------------------------------------------------------------------------------------------------------- calls
 
 
-def forward(x: Operands, rules: Rules, scale: float, tile: Tile, interpret: bool = False):
-    """(out (B, Q, H, E), log-sum-exp (B, H, Q) float32) of q (B, Q, H, D), k (B, S, G, D), v (B, S, G, E) in ``x``."""
+def forward(
+    x: Operands, rules: Rules, scale: float, tile: Tile, interpret: bool = False, value_size: int | None = None
+):
+    """(out (B, Q, H, E), log-sum-exp (B, H, Q) float32) of q (B, Q, H, D), k (B, S, G, D), v (B, S, G, E) in ``x``.
+
+    Without v the first ``value_size`` columns of k are the values, too, and are read once."""
     t, y = _prepared(x, rules, scale, tile)
     batch, heads, queries, _ = y["q"].shape
-    size = y["v"].shape[3]
+    size = y["v"].shape[3] if "v" in y else value_size
     shapes = {"out": (batch, heads, queries, size), "lse": (batch, heads, queries, 1)}
     scratch = {"acc": (t.tile.q, size), "top": (t.tile.q, LANES), "total": (t.tile.q, LANES)}
     out = _call(_forward_kernel, t, y, shapes, {"out": x["q"].dtype}, scratch, interpret)
@@ -240,8 +244,8 @@ _QUERY, _KEY = ("q", "do", "lse", "delta", "votes", "query_segments", "out", "dq
 
 def _prepared(x: Operands, rules: Rules, scale: float, tile: Tile) -> tuple[_Tiled, Operands]:
     """Heads before lengths, vectors as columns and rows, and lengths padded to whole tiles."""
-    edge = lambda n, limit: min(limit, pl.cdiv(n, LANES) * LANES)
-    tile = Tile(edge(rules.queries, tile.q), edge(rules.keys, tile.k))
+    edge = lambda n, limit, unit: min(limit, pl.cdiv(n, unit) * unit)
+    tile = Tile(edge(rules.queries, tile.q, 16), edge(rules.keys, tile.k, LANES))
     exact = "highest" if x["q"].dtype == jnp.float32 else None
     t = _Tiled(rules, tile, scale, exact)
     behind = lambda n, block: pl.cdiv(n, block) * block - n

@@ -7,8 +7,10 @@ partial context with its log-sum-exp; their combination is (arXiv 2311.01282)
 
     L = log Σ_s exp(L_s),   context = Σ_s exp(L_s − L) context_s.
 
-On the CPU, and on a TPU (where XLA streams a matrix–vector product at the memory's speed already), :func:`reference`
-runs. ``mla.py`` uses the same kernel with the latent cache as keys and values at once.
+On a TPU one program a head walks over the slots (``attention_tpu``, the heads that share a key head being its queries)
+up to the last visible one; it is there by request (``implementation="pallas_tpu"``), since XLA streams a whole cache at
+the memory's speed already. On the CPU :func:`reference` runs. ``mla.py`` uses the same kernels with the latent cache as
+keys and values at once.
 """
 
 import dataclasses
@@ -21,7 +23,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxformers.kernels.tiles import MASKED, dot
+from jaxformers.kernels import attention_tpu
+from jaxformers.kernels.tiles import MASKED, Rules, dot, platform
 
 LOG2E = math.log2(math.e)
 WORTH = 1024  # slots from which the kernel beats XLA on a GPU
@@ -53,8 +56,8 @@ def decode(
     """The context (B, H, E) of one query a sequence, q (B, H, D), over the slots of k (B, G, S, D) and v (B, G, S, E)
     that ``allowed`` (B, S) marks; zeros where it marks none. H is a multiple of G.
 
-    ``implementation``: None (the kernel on a GPU from ``WORTH`` slots on), "xla" or "pallas_gpu". No gradient through
-    the kernel. Raises ValueError for shapes that do not fit.
+    ``implementation``: None (:func:`choose`), "xla", "pallas_gpu" or "pallas_tpu". No gradient through the kernels.
+    Raises ValueError for shapes that do not fit.
     """
     batch, heads, size = q.shape
     if k.ndim != 4 or k.shape[0] != batch or k.shape[3] != size or v.ndim != 4 or v.shape[:3] != k.shape[:3]:
@@ -69,19 +72,35 @@ def decode(
     implementation = implementation or choose(k.shape[2])
     if implementation == "xla":
         return reference(q, k, v, allowed, scale)
-    if implementation != "pallas_gpu":
-        raise ValueError(f"implementation: expected xla or pallas_gpu, got {implementation!r}")
     group = heads // k.shape[1]
+    if implementation == "pallas_tpu":
+        x = {"q": q.reshape(batch, k.shape[1], group, size), "k": k, "v": v}
+        return walk(x, allowed, scale, v.shape[3], interpret).reshape(batch, heads, -1).astype(q.dtype)
+    if implementation != "pallas_gpu":
+        raise ValueError(f"implementation: expected xla, pallas_gpu or pallas_tpu, got {implementation!r}")
     if tile is None:
         tile = Tile(min(64, _pow2(group)), 64 if k.dtype.itemsize == 2 else 32)
     x = {"q": q.reshape(batch, k.shape[1], group, size), "k": k, "v": v}
     return split_decode(x, allowed, scale, tile, interpret).reshape(batch, heads, -1).astype(q.dtype)
 
 
+def walk(x: dict[str, Any], allowed, scale: float, value_size: int, interpret: bool = False):
+    """(B, G, heads, E): ``attention_tpu`` over the slots, q (B, G, heads, D), k (B, G, slots, D), v as there or none.
+
+    That a slot behind the last visible one is not fetched, is told as a prefix: all queries stand before the cache."""
+    batch, kv_heads, heads, _ = x["q"].shape
+    slots = x["k"].shape[2]
+    allowed = jnp.ones((batch, slots), bool) if allowed is None else allowed.astype(bool)
+    stop = (jnp.arange(1, slots + 1, dtype=jnp.int32) * allowed).max(axis=1)
+    rules = Rules(heads, slots, causal=True, prefix=True, valid=True)
+    y = {name: a.swapaxes(1, 2) for name, a in x.items()}  # as attention has them; there they are turned back
+    y |= {"key_segments": jnp.where(allowed, 0, -1), "prefix": stop, "start": jnp.full((1,), -(1 << 24), jnp.int32)}
+    tile = attention_tpu.Tile(128, 512)
+    return attention_tpu.forward(y, rules, scale, tile, interpret, value_size)[0].swapaxes(1, 2)
+
+
 def choose(slots: int) -> str:
     """The implementation on the platform that is compiled for."""
-    from jaxformers.kernels.attention import platform
-
     return "pallas_gpu" if platform() == "gpu" and slots >= WORTH else "xla"
 
 

@@ -7,8 +7,8 @@ The cache holds [c | k_pe] (B, S, R + P): the latent of keys and values, and the
 
 Bytes: the cache once, B·S·(R+P) elements; FLOPs 2·B·S·H·(2R+P): with 16-bit elements about 2H FLOPs a byte, so that
 from a hundred heads on the tensor cores, not the memory, are the limit. XLA reads the latent twice (as keys, as values)
-and writes the scores between. On a GPU from ``decode.WORTH`` slots on the split kernel of ``decode.py`` runs, elsewhere
-:func:`reference`: on a TPU both products are plain matrix products over a cache that XLA streams from HBM.
+and writes the scores between. The kernels are those of ``decode.py``, and so is the choice; elsewhere
+:func:`reference` runs.
 """
 
 import jax
@@ -32,8 +32,8 @@ def mla_decode(
     """The latent context (B, H, R) of one new token: q_latent (B, H, R) and q_rope (B, H, P) over the slots of
     ``cache`` (B, S, R + P) that ``valid`` (B, S) marks; zeros where it marks none.
 
-    ``scale`` is 1/√(d_nope + d_rope) of the unabsorbed heads. ``implementation``: None (by platform and slots), "xla"
-    or "pallas_gpu". No gradient through the kernel. Raises ValueError for shapes that do not fit.
+    ``scale`` is 1/√(d_nope + d_rope) of the unabsorbed heads. ``implementation``: None (``decode.choose``), "xla",
+    "pallas_gpu" or "pallas_tpu". No gradient through the kernels. Raises ValueError for shapes that do not fit.
     """
     batch, heads, rank = q_latent.shape
     if q_rope.shape[:2] != (batch, heads):
@@ -45,8 +45,12 @@ def mla_decode(
     implementation = implementation or decode.choose(cache.shape[1])
     if implementation == "xla":
         return reference(q_latent, q_rope, cache, scale, valid)
+    if implementation == "pallas_tpu":
+        q = jnp.concatenate([q_latent, q_rope], axis=-1).astype(cache.dtype)
+        out = decode.walk({"q": q[:, None], "k": cache[:, None]}, valid, float(scale), rank, interpret)
+        return out[:, 0].astype(q_latent.dtype)
     if implementation != "pallas_gpu":
-        raise ValueError(f"implementation: expected xla or pallas_gpu, got {implementation!r}")
+        raise ValueError(f"implementation: expected xla, pallas_gpu or pallas_tpu, got {implementation!r}")
     if tile is None:
         wide = cache.dtype.itemsize == 2 and rank <= 512
         tile = Tile(min(32, decode._pow2(heads)), 32 if wide else 16, None, 8, 2)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxformers.kernels import retention_gpu, retention_tpu
-from jaxformers.kernels.attention import platform
+from jaxformers.kernels.tiles import platform
 
 KERNELS = {"pallas_gpu": retention_gpu, "pallas_tpu": retention_tpu}
 WORTH = 512  # steps from which a kernel beats XLA

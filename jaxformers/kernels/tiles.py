@@ -119,3 +119,10 @@ def dot(a, b, *, trans_a: bool = False, trans_b: bool = False, precision=None):
     """Matrix product of two tiles, accumulated in float32; transposing inside it is cheaper than before it."""
     axes = (((0 if trans_a else 1,), (1 if trans_b else 0,)), ((), ()))
     return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
+
+
+def platform() -> str:
+    """The platform that is compiled for: that of the mesh in use (dry runs name a foreign one), or JAX's default."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    found = getattr(device, "platform", None) or jax.default_backend()
+    return "gpu" if found in ("cuda", "rocm") else found

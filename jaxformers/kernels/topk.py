@@ -20,9 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
-from jaxformers.kernels.attention import platform
 from jaxformers.kernels.decode import exact_precision
-from jaxformers.kernels.tiles import dot
+from jaxformers.kernels.tiles import dot, platform
 
 WORTH = 4096  # keys from which the kernel is worth its start
 MOST = 64  # results a query: each costs a pass over the first tiles

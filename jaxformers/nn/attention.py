@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxformers.kernels import attention as kernel
 from jaxformers.kernels import decode
-from jaxformers.kernels.attention import platform
+from jaxformers.kernels.tiles import platform
 from jaxformers.nn.cache import Cache, KeyValue, extend
 from jaxformers.nn.dropout import dropout, split
 from jaxformers.nn.linear import Linear
