@@ -226,16 +226,15 @@ def _chunkwise(q, k, v, log_decay, gaps, positions, state, scale, chunk, inside)
     q, k = _apply(q, positions, index, 1), _apply(k, positions, index, -1)
     ends = gaps.reshape(batch, chunks, chunk)[:, :, -1]
     starts = jnp.pad(ends[:, :-1], ((0, 0), (1, 0)))  # a chunk's state stands where the chunk before ends
-    local = (gaps.reshape(batch, chunks, chunk) - starts[..., None])[:, None]
-    local = local * log_decay[:, None, None]  # d, (B, H, chunks, chunk)
-    rest = jnp.exp(local[..., -1:] - local).transpose(0, 2, 3, 1)  # (B, chunks, chunk, H)
+    since = gaps.reshape(batch, chunks, chunk) - starts[..., None]  # differences of times before anything is multiplied
+    rest = jnp.exp((since[..., -1:] - since)[..., None] * log_decay)  # (B, chunks, chunk, H)
     split = lambda a: a.reshape(batch, chunks, chunk, heads, -1)
     exact = "highest" if k.dtype == jnp.float32 else None
     kept = (split(k).astype(jnp.float32) * rest[..., None]).astype(k.dtype)
     added = jnp.einsum("bcihk,bcihv->cbhkv", kept, split(v), precision=exact, preferred_element_type=jnp.float32)
-    states = _states(state, added, jnp.exp(jnp.moveaxis(local[..., -1], 2, 0)), positions, chunk, length)
+    states = _states(state, added, jnp.exp(since[..., -1].T[..., None] * log_decay), positions, chunk, length)
     before = jnp.concatenate([state[None], states[:-1]])
-    out = inside(q, k, v, local.reshape(batch, heads, -1), jnp.moveaxis(before, 0, 2)) * scale
+    out = inside(q, k, v, since.reshape(batch, -1), log_decay, jnp.moveaxis(before, 0, 2)) * scale
     return out[:, :length].astype(v.dtype), states[-1]
 
 
@@ -261,21 +260,28 @@ def _states(state, added, decay, positions, chunk, length):
     return jax.lax.associative_scan(combine, (multiplier, added))[1]
 
 
-def _inside(q, k, v, local, state):
+def _inside(q, k, v, since, log_decay, state):
     """The chunks' own part and what their first states give, unscaled: the reference of the kernels, float32.
 
-    q, k (B, L, H, K) with the chunk's positions applied, v (B, L, H, V), local (B, H, L), state (B, H, chunks, K, V).
+    q, k (B, L, H, K) with the chunk's positions applied, v (B, L, H, V), ``since`` (B, L) the time since the chunk's
+    state, log_decay (H,), state (B, H, chunks, K, V).
     """
     batch, length, heads, _ = q.shape
     chunks = state.shape[2]
     split = lambda a: a.reshape(batch, chunks, length // chunks, heads, -1)
     exact = "highest" if q.dtype == jnp.float32 else None
     dots = dict(precision=exact, preferred_element_type=jnp.float32)
-    local = local.reshape(batch, heads, chunks, -1)
-    below = np.tril(np.ones((local.shape[-1],) * 2, bool))
-    decay = jnp.exp(jnp.where(below, local[..., :, None] - local[..., None, :], -jnp.inf))
+    since = since.reshape(batch, 1, chunks, -1)
+    below = np.tril(np.ones((since.shape[-1],) * 2, bool))
+    gap = since[..., :, None] - since[..., None, :]
+    decay = jnp.exp(jnp.where(below, gap * log_decay[:, None, None, None], -jnp.inf))
     scores = (jnp.einsum("bcihk,bcmhk->bhcim", split(q), split(k), **dots) * decay).astype(v.dtype)
     out = jnp.einsum("bhcim,bcmhv->bcihv", scores, split(v), **dots)
-    ahead = (split(q).astype(jnp.float32) * jnp.exp(local).transpose(0, 2, 3, 1)[..., None]).astype(q.dtype)
+    ahead = (split(q).astype(jnp.float32) * reach(since[:, 0], log_decay)).astype(q.dtype)
     out = out + jnp.einsum("bcihk,bhckv->bcihv", ahead, state.astype(q.dtype), **dots)
     return out.reshape(v.shape)
+
+
+def reach(since, log_decay):
+    """What is left of a chunk's first state: times since it (B, chunks, chunk) to (B, chunks, chunk, H, 1)."""
+    return jnp.exp(since[..., None] * log_decay)[..., None]

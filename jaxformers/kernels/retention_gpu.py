@@ -3,6 +3,8 @@
 Per chunk and head, with D_im = e^{d_i − d_m} for m ≤ i, else 0:
     O = (Q Kᵀ ⊙ D) V + e^d ⊙ (Q S);      dQ = (dO Vᵀ ⊙ D) K + e^d ⊙ (dO Sᵀ),  dK = (dO Vᵀ ⊙ D)ᵀ Q,  dV = (Q Kᵀ ⊙ D)ᵀ dO,
     dS = (e^d ⊙ Q)ᵀ dO (a plain product),  dd_i = dO_i · O_i − K_i · dK_i (d_i scales all of O_i, and what k_i gives).
+d_i = ln γ · (time since the chunk's state); differences of times are taken before they are multiplied, or long gaps
+would cost digits.
 The c×c scores live in registers, a tile at a time.
 """
 
@@ -55,10 +57,11 @@ def _state(x, sizes, dtype):
 
 def _decay(x, i, m, block: int):
     """D of query tile i and key tile m of the chunk, (queries, keys)."""
-    later, earlier = (plgpu.load(x["local"].at[pl.ds(n * block, block)]) for n in (i, m))
+    later, earlier = (plgpu.load(x["since"].at[pl.ds(n * block, block)]) for n in (i, m))
     index = jnp.arange(block)
     below = (i * block + index)[:, None] >= (m * block + index)[None, :]
-    return jnp.where(below, jnp.exp(jnp.where(below, later[:, None] - earlier[None, :], 0.0)), 0.0)
+    gap = jnp.where(below, later[:, None] - earlier[None, :], 0.0)
+    return jnp.where(below, jnp.exp(gap * x["log_decay"][0]), 0.0)
 
 
 def _rows_kernel(x, out, *, block: int, sizes: tuple[int, int], tiles: int, exact, backward: bool):
@@ -68,7 +71,7 @@ def _rows_kernel(x, out, *, block: int, sizes: tuple[int, int], tiles: int, exac
     against, inner = ("k", sizes[0]) if not backward else ("v", sizes[1])
     q = _load(x[left], i, block, inner)
     state = _state(x, sizes, q.dtype)
-    reach = jnp.exp(plgpu.load(x["local"].at[pl.ds(i * block, block)]))
+    reach = jnp.exp(plgpu.load(x["since"].at[pl.ds(i * block, block)]) * x["log_decay"][0])
     first = dot(q, state, trans_b=backward, precision=exact) * reach[:, None]
 
     def step(m, acc):
@@ -113,7 +116,9 @@ def _call(kernel, x, shapes, tiles: Tiles, interpret: bool, **settings):
             return pl.BlockSpec((None, None, None, pow2(size), pow2(value)), lambda n, h, b: (b, h, at(n), 0, 0))
         if len(shape) == 4:
             return pl.BlockSpec((None, chunk, None, pow2(shape[3])), lambda n, h, b: (b, at(n), h, 0))
-        return pl.BlockSpec((None, None, chunk), lambda n, h, b: (b, h, at(n)))
+        if len(shape) == 2:
+            return pl.BlockSpec((None, chunk), lambda n, h, b: (b, at(n)))
+        return pl.BlockSpec((1,), lambda n, h, b: (h,))
 
     exact = exact_precision(x["q"].dtype, interpret)
     return pl.pallas_call(
@@ -129,37 +134,42 @@ def _call(kernel, x, shapes, tiles: Tiles, interpret: bool, **settings):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _inside(tiles: Tiles, interpret: bool, q, k, v, local, state):
-    x = {"q": q, "k": k, "v": v, "local": local, "state": state}
+def _inside(tiles: Tiles, interpret: bool, q, k, v, since, log_decay, state):
+    x = {"q": q, "k": k, "v": v, "since": since, "log_decay": log_decay, "state": state}
     shape = {"out": jax.ShapeDtypeStruct(v.shape, jnp.float32)}
     return _call(_rows_kernel, x, shape, tiles, interpret, backward=False)["out"]
 
 
-def _forward(tiles, interpret, q, k, v, local, state):
-    out = _inside(tiles, interpret, q, k, v, local, state)
-    return out, (q, k, v, local, state, out)
+def _forward(tiles, interpret, q, k, v, since, log_decay, state):
+    out = _inside(tiles, interpret, q, k, v, since, log_decay, state)
+    return out, (q, k, v, since, log_decay, state, out)
 
 
 def _backward(tiles, interpret, saved, do):
-    q, k, v, local, state, out = saved
-    x = {"q": q, "k": k, "v": v, "local": local, "state": state, "do": do.astype(v.dtype)}
+    q, k, v, since, log_decay, state, out = saved
+    x = {"q": q, "k": k, "v": v, "since": since, "log_decay": log_decay, "state": state, "do": do.astype(v.dtype)}
     like = lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32)
     dq = _call(_rows_kernel, x, {"dq": like(q)}, tiles, interpret, backward=True)["dq"]
     pair = _call(_columns_kernel, x, {"dk": like(k), "dv": like(v)}, tiles, interpret)
-    batch, length, heads, _ = q.shape
-    chunks = state.shape[2]
-    split = lambda a: a.reshape(batch, chunks, length // chunks, heads, -1)
-    reach = jnp.exp(local).reshape(batch, heads, chunks, -1).transpose(0, 2, 3, 1)[..., None]
-    ahead = (split(q).astype(jnp.float32) * reach).astype(q.dtype)
+    split = lambda a: a.reshape(len(a), state.shape[2], -1, *a.shape[2:])
+    ahead = (split(q).astype(jnp.float32) * jnp.exp(split(since)[..., None] * log_decay)[..., None]).astype(q.dtype)
     exact = "highest" if q.dtype == jnp.float32 else None
     ds = jnp.einsum("bcihk,bcihv->bhckv", ahead, split(x["do"]), precision=exact, preferred_element_type=jnp.float32)
-    dlocal = (do.astype(jnp.float32) * out).sum(-1) - (k.astype(jnp.float32) * pair["dk"]).sum(-1)
-    return (dq.astype(q.dtype), pair["dk"].astype(k.dtype), pair["dv"].astype(v.dtype), dlocal.swapaxes(1, 2), ds)
+    times = time_gradients(do, out, k, pair["dk"], since, log_decay)
+    return dq.astype(q.dtype), pair["dk"].astype(k.dtype), pair["dv"].astype(v.dtype), *times, ds
 
 
 _inside.defvjp(_forward, _backward)
 
 
-def inside(q, k, v, local, state, *, tiles: Tiles, interpret: bool = False):
-    """As ``retention._inside``: q, k (B, L, H, K), v (B, L, H, V), local (B, H, L), state (B, H, chunks, K, V)."""
-    return _inside(tiles, interpret, q, k, v, local, state)
+def time_gradients(do, out, k, dk, since, log_decay):
+    """Gradients of ``since`` (B, L) and of ``log_decay`` (H,), from dd_i = dO_i · O_i − K_i · dK_i."""
+    dd = (do.astype(jnp.float32) * out).sum(-1) - (k.astype(jnp.float32) * dk).sum(-1)  # (B, L, H)
+    return jnp.einsum("blh,h->bl", dd, log_decay, precision="highest"), jnp.einsum(
+        "blh,bl->h", dd, since, precision="highest"
+    )
+
+
+def inside(q, k, v, since, log_decay, state, *, tiles: Tiles, interpret: bool = False):
+    """As ``retention._inside``."""
+    return _inside(tiles, interpret, q, k, v, since, log_decay, state)

@@ -1,6 +1,6 @@
 """The part of chunk-wise retention inside the chunks, in Pallas for TPUs. Equations and interface of ``retention_gpu``.
 
-One program does one chunk of one head, and a chunk's c×c scores stay in VMEM: with c = 128 a matrix unit's tile. Decays
+One program does one chunk of one head, and a chunk's c×c scores stay in VMEM: with c = 128 a matrix unit's tile. Times
 come twice, as a column and as a row, as the scores want them.
 """
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxformers.kernels.retention_gpu import time_gradients
 from jaxformers.kernels.tiles import dot
 
 
@@ -31,19 +32,19 @@ def _decay(x):
     chunk = column.shape[0]
     i = jax.lax.broadcasted_iota(jnp.int32, (chunk, chunk), 0)
     m = jax.lax.broadcasted_iota(jnp.int32, (chunk, chunk), 1)
-    return jnp.where(i >= m, jnp.exp(jnp.where(i >= m, column - row, 0.0)), 0.0)
+    return jnp.where(i >= m, jnp.exp(jnp.where(i >= m, column - row, 0.0) * x["log_decay"][...]), 0.0)
 
 
 def _forward_kernel(x, out, *, exact):
     q, v = x["q"][...], x["v"][...]
     scores = dot(q, x["k"][...], trans_b=True, precision=exact) * _decay(x)
-    ahead = dot(q, x["state"][...].astype(q.dtype), precision=exact) * jnp.exp(x["column"][...])
+    ahead = dot(q, x["state"][...].astype(q.dtype), precision=exact) * jnp.exp(x["column"][...] * x["log_decay"][...])
     out["out"][...] = dot(scores.astype(v.dtype), v, precision=exact) + ahead
 
 
 def _backward_kernel(x, out, *, exact):
     q, k, v, do = (x[n][...] for n in ("q", "k", "v", "do"))
-    decay, reach = _decay(x), jnp.exp(x["column"][...])
+    decay, reach = _decay(x), jnp.exp(x["column"][...] * x["log_decay"][...])
     scores = (dot(q, k, trans_b=True, precision=exact) * decay).astype(v.dtype)
     ds = (dot(do, v, trans_b=True, precision=exact) * decay).astype(q.dtype)
     ahead = dot(do, x["state"][...].astype(do.dtype), trans_b=True, precision=exact) * reach
@@ -62,7 +63,11 @@ def _call(kernel, x, shapes, interpret: bool):
         if name in ("state", "dstate"):
             return pl.BlockSpec((None, None, None, *shape[3:]), lambda b, h, c: (b, h, c, 0, 0))
         if name == "row":
-            return pl.BlockSpec((None, None, 1, chunk), lambda b, h, c: (b, h, 0, c))
+            return pl.BlockSpec((None, 1, chunk), lambda b, h, c: (b, 0, c))
+        if name == "column":
+            return pl.BlockSpec((None, chunk, 1), lambda b, h, c: (b, c, 0))
+        if name == "log_decay":
+            return pl.BlockSpec((None, 1, 1), lambda b, h, c: (h, 0, 0))
         return pl.BlockSpec((None, None, chunk, shape[3]), lambda b, h, c: (b, h, c, 0))
 
     exact = "highest" if x["q"].dtype == jnp.float32 else None
@@ -78,50 +83,42 @@ def _call(kernel, x, shapes, interpret: bool):
     )(x)
 
 
-def _operands(q, k, v, local, state):
-    lead = lambda a: a.swapaxes(1, 2)
-    return {
-        "q": lead(q),
-        "k": lead(k),
-        "v": lead(v),
-        "column": local[..., None],
-        "row": local[:, :, None],
-        "state": state,
-    }
+def _operands(q, k, v, since, log_decay, state):
+    x = {"q": q.swapaxes(1, 2), "k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2), "state": state}
+    return x | {"column": since[..., None], "row": since[:, None], "log_decay": log_decay[:, None, None]}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _inside(interpret: bool, q, k, v, local, state):
-    x = _operands(q, k, v, local, state)
+def _inside(interpret: bool, q, k, v, since, log_decay, state):
+    x = _operands(q, k, v, since, log_decay, state)
     return _call(_forward_kernel, x, {"out": x["v"].shape}, interpret)["out"].swapaxes(1, 2)
 
 
-def _forward(interpret, q, k, v, local, state):
-    out = _inside(interpret, q, k, v, local, state)
-    return out, (q, k, v, local, state, out)
+def _forward(interpret, q, k, v, since, log_decay, state):
+    out = _inside(interpret, q, k, v, since, log_decay, state)
+    return out, (q, k, v, since, log_decay, state, out)
 
 
 def _backward(interpret, saved, do):
-    q, k, v, local, state, out = saved
-    x = {**_operands(q, k, v, local, state), "do": do.astype(v.dtype).swapaxes(1, 2)}
+    q, k, v, since, log_decay, state, out = saved
+    x = {**_operands(q, k, v, since, log_decay, state), "do": do.astype(v.dtype).swapaxes(1, 2)}
     shapes = {"dq": x["q"].shape, "dk": x["k"].shape, "dv": x["v"].shape, "dstate": state.shape}
     g = _call(_backward_kernel, x, shapes, interpret)
-    dk = g["dk"].swapaxes(1, 2)
-    dlocal = (do.astype(jnp.float32) * out).sum(-1) - (k.astype(jnp.float32) * dk).sum(-1)
-    dq, dv = g["dq"].swapaxes(1, 2), g["dv"].swapaxes(1, 2)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dlocal.swapaxes(1, 2), g["dstate"]
+    dq, dk, dv = (g[n].swapaxes(1, 2) for n in ("dq", "dk", "dv"))
+    times = time_gradients(do, out, k, dk, since, log_decay)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), *times, g["dstate"]
 
 
 _inside.defvjp(_forward, _backward)
 
 
-def inside(q, k, v, local, state, *, tiles: Tiles, interpret: bool = False):
-    """As ``retention._inside``: q, k (B, L, H, K), v (B, L, H, V), local (B, H, L), state (B, H, chunks, K, V).
+def inside(q, k, v, since, log_decay, state, *, tiles: Tiles, interpret: bool = False):
+    """As ``retention._inside``.
 
-    Raises ValueError for chunks that are no multiple of 128 steps, unless there is one only: a row of decays must fill
+    Raises ValueError for chunks that are no multiple of 128 steps, unless there is one only: a row of times must fill
     the lanes.
     """
     chunk, chunks = q.shape[1] // state.shape[2], state.shape[2]
     if chunk % 128 and chunks > 1:
         raise ValueError(f"chunk: expected a multiple of 128 on a TPU, got {chunk}")
-    return _inside(interpret, q, k, v, local, state)
+    return _inside(interpret, q, k, v, since, log_decay, state)

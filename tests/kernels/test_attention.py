@@ -131,7 +131,7 @@ def test_bfloat16(how):
         assert np.abs(a - b).max() <= 2e-2 * np.abs(b).max()
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     how=st.sampled_from(sorted(SMALL)),
     batch=st.integers(1, 2),
@@ -173,7 +173,7 @@ def test_queries_without_keys_are_zero_and_finite(how):
     assert all(np.isfinite(g).all() for g in grads) and (grads[0][:, :10] == 0).all()
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     queries=st.integers(1, 40),
     keys=st.integers(1, 40),
@@ -229,36 +229,6 @@ def test_lowers_for_cuda():
         text = aot.lower_for_cuda(f, *args)
         for name in ("forward_kernel", "dq_kernel", "dkv_kernel", "sums_kernel") + (("dbias_kernel",) if bias else ()):
             assert name in text
-
-
-TPU = """
-import jax, jax.numpy as jnp
-from jaxformers.kernels import attention
-S, bf16 = jax.ShapeDtypeStruct, jnp.bfloat16
-
-def everything(q, k, v, bias, valid, prefix):
-    mask = dict(causal=True, window=200, valid=valid, prefix=prefix)
-    def loss(q, k, v, bias):
-        out, lse = attention.attention(q, k, v, bias=bias, return_lse=True, implementation="pallas_tpu", **mask)
-        return out.astype(jnp.float32).sum() + lse.sum(), lse
-    grads, lse = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(q, k, v, bias)
-    return grads, attention.column_sums(q, k, lse, lse, implementation="pallas_tpu", **mask)
-
-def plain(q, k, v):
-    return attention.attention(q, k, v, causal=True, implementation="pallas_tpu")
-
-q, k = S((2, 600, 4, 64), bf16), S((2, 600, 2, 64), bf16)
-cases = {
-    "everything": (everything, (q, k, k, S((1, 4, 600, 600), bf16), S((2, 600), jnp.bool_), S((2,), jnp.int32))),
-    "float32": (plain, 3 * (S((1, 1024, 2, 128), jnp.float32),)),
-}
-"""
-
-
-@pytest.mark.parametrize("topology", aot.TOPOLOGIES)
-def test_compiles_for_tpu(topology):
-    found = aot.compile_for_tpu(TPU, topology)
-    assert found["everything"]["kernels"] == 5 and found["float32"]["kernels"] == 1
 
 
 def test_the_choice(monkeypatch):

@@ -37,7 +37,7 @@ def test_reference_is_attention():
     assert np.abs(out - expected).max() < 1e-6 and (out[0] == 0).all()
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     how=st.sampled_from(sorted(KERNELS)),
     batch=st.integers(1, 3),
@@ -55,7 +55,7 @@ def test_decode(how, batch, kv_heads, group, slots, sizes, masked):
     assert np.abs(found - expected).max() < 1e-5
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     how=st.sampled_from(sorted(KERNELS)),
     heads=st.sampled_from([3, 16, 20]),
@@ -95,27 +95,6 @@ def test_lowers_for_cuda():
     for rank, heads in ((48, 32), (512, 128), (816, 24)):
         args = shape((4, heads, rank)), shape((4, heads, 64)), shape((4, 3000, rank + 64)), mask
         assert "decode_kernel" in aot.lower_for_cuda(lambda q, r, c, m: latent(q, r, c, valid=m), *args)
-
-
-TPU = """
-import jax, jax.numpy as jnp
-from jaxformers.kernels.decode import decode
-from jaxformers.kernels.mla import mla_decode
-S, bf16 = jax.ShapeDtypeStruct, jnp.bfloat16
-keys, mask = S((4, 4, 3000, 128), bf16), S((4, 3000), jnp.bool_)
-cases = {
-    "decode": (lambda q, k, v, m: decode(q, k, v, allowed=m, implementation="pallas_tpu"),
-               (S((4, 12, 128), bf16), keys, keys, mask)),
-    "latent": (lambda q, r, c, m: mla_decode(q, r, c, scale=0.1, valid=m, implementation="pallas_tpu"),
-               (S((4, 32, 512), bf16), S((4, 32, 64), bf16), S((4, 3000, 576), bf16), mask)),
-}
-"""
-
-
-@pytest.mark.parametrize("topology", aot.TOPOLOGIES)
-def test_compiles_for_tpu(topology):
-    found = aot.compile_for_tpu(TPU, topology)
-    assert found["decode"]["kernels"] == found["latent"]["kernels"] == 1
 
 
 def test_the_choice(monkeypatch):

@@ -27,7 +27,7 @@ def expected(queries, keys, k, count):
     return np.take_along_axis(scores, indices, 1), indices
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     how=st.sampled_from(["xla", *KERNELS]),
     n=st.integers(1, 40),
@@ -59,20 +59,6 @@ def test_lowers_for_cuda():
     for k in (1, 10, 64):
         f = functools.partial(topk.topk, k=k, implementation="pallas_gpu")
         assert "topk_kernel" in aot.lower_for_cuda(f, *args)
-
-
-TPU = """
-import jax, jax.numpy as jnp
-from jaxformers.kernels.topk import topk
-S = jax.ShapeDtypeStruct
-args = S((1000, 384), jnp.float32), S((50_000, 384), jnp.float32)
-cases = {"topk": (lambda q, k: topk(q, k, 10, implementation="pallas_tpu"), args)}
-"""
-
-
-@pytest.mark.parametrize("topology", aot.TOPOLOGIES)
-def test_compiles_for_tpu(topology):
-    assert aot.compile_for_tpu(TPU, topology)["topk"]["kernels"] == 1
 
 
 def test_the_choice(monkeypatch):
