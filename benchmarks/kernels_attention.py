@@ -8,7 +8,8 @@ is wrong is not worth timing. Then tables: seconds to compile and microseconds t
 its FLOPs over the chip's peak and its bytes over the memory's bandwidth. ``--sweep`` also tries tiles, warps, stages.
 
 A time is that of N runs inside one program (each made to depend on the one before by an optimization barrier, so that
-none is hoisted or shared), the median of five such programs, over N. Eight threads compile ahead.
+none is hoisted or shared), the median of five such programs, over N. Eight threads compile all programs of a table
+before the first of them is timed: compiling tries products on the device, and disturbs whatever runs there.
 Each line is written as soon as it is known, as JSON; a case that fails is a line with its error.
 """
 
@@ -21,7 +22,7 @@ import statistics
 import sys
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def repeated(f: Any, n: int) -> Any:
 
 
 def measure(run: Run, tables: list[Any]) -> None:
-    """Compile the cases of all ``tables`` in the pool, and time them one after the other as they come.
+    """For each table compile its cases in the pool, and then time them one after the other.
 
     A case: name, f, args, flops, bytes, …"""
 
@@ -107,37 +108,46 @@ def measure(run: Run, tables: list[Any]) -> None:
         program = repeated(case["f"], case["runs"]).lower(*case["args"]).compile()
         return program, time.perf_counter() - start
 
-    cases = []
     for table in tables:
+        cases = []
         try:
-            cases += table(run, run.smoke)
+            cases = table(run, run.smoke)
         except Exception as error:
             run.line(part=table.__name__, error=f"{type(error).__name__}: {error}"[:600])
             traceback.print_exc(limit=6)
-    futures = [(case, run.pool.submit(compiled, case)) for case in cases]
-    for case, future in futures:
-        shown = {k: v for k, v in case.items() if k not in ("f", "args", "flops", "bytes", "peak", "runs")}
-        try:
-            program, seconds = future.result()
+        futures = [(case, run.pool.submit(compiled, case)) for case in cases]
+        wait([future for _, future in futures])
+        for case, future in futures:
+            _time(run, case, future)
+
+
+def _time(run: Run, case: dict[str, Any], future: Any) -> None:
+    """Run one compiled case and write its line."""
+    shown = {k: v for k, v in case.items() if k not in ("f", "args", "flops", "bytes", "peak", "runs")}
+    if run.late():
+        run.line(**shown, skipped="out of time")
+        return
+    try:
+        program, seconds = future.result()
+        jax.block_until_ready(program(*case["args"]))
+        times = []
+        for _ in range(1 if run.smoke else 5):
+            start = time.perf_counter()
             jax.block_until_ready(program(*case["args"]))
-            times = []
-            for _ in range(1 if run.smoke else 5):
-                start = time.perf_counter()
-                jax.block_until_ready(program(*case["args"]))
-                times.append((time.perf_counter() - start) / case["runs"])
-            best = statistics.median(times)
-            run.line(
-                **shown,
-                us=round(best * 1e6, 2),
-                spread=round((max(times) - min(times)) / best, 3),
-                compile_s=round(seconds, 2),
-                tflops=round(case["flops"] / best / 1e12, 1),
-                gbytes_s=round(case["bytes"] / best / 1e9, 1),
-                floor_flops_us=round(case["flops"] / PEAK[case.get("peak", "flops16")] * 1e6, 2),
-                floor_bytes_us=round(case["bytes"] / PEAK["bytes"] * 1e6, 2),
-            )
-        except Exception as error:
-            run.line(**shown, error=f"{type(error).__name__}: {error}"[:600])
+            times.append((time.perf_counter() - start) / case["runs"])
+        best = statistics.median(times)
+        run.line(
+            **shown,
+            us=round(best * 1e6, 2),
+            spread=round((max(times) - min(times)) / best, 3),
+            compile_s=round(seconds, 2),
+            tflops=round(case["flops"] / best / 1e12, 1),
+            gbytes_s=round(case["bytes"] / best / 1e9, 1),
+            floor_flops_us=round(case["flops"] / PEAK[case.get("peak", "flops16")] * 1e6, 2),
+            floor_bytes_us=round(case["bytes"] / PEAK["bytes"] * 1e6, 2),
+        )
+    except Exception as error:
+        run.line(**shown, error=f"{type(error).__name__}: {error}"[:600])
 
 
 # --------------------------------------------------------------------------------------------------------- parity
@@ -319,7 +329,6 @@ def attention_cases(run: Run, interpret: bool) -> list[dict[str, Any]]:
     lengths = (1024, 2048, 4096, 8192, 16384)
     if run.smoke:
         tokens, heads, lengths = 128, 2, (64,)
-    mosaic = _mosaic()
 
     def add(length, size, how, f, mask, *, backward, bias=None, kv_heads=None, **extra):
         batch = tokens // length
@@ -362,8 +371,6 @@ def attention_cases(run: Run, interpret: bool) -> list[dict[str, Any]]:
             add(length, 128, "cudnn", cudnn(causal), causal, backward=backward)
             if length <= (4096 if backward else 8192):
                 add(length, 128, "xla", xla(causal), causal, backward=backward)
-        if mosaic and length in (4096, 16384):
-            add(length, 128, "mosaic", mosaic, causal, backward=False)
     middle = lengths[len(lengths) // 2]
     for backward in (False, True):
         for how, f in (("ours", ours), ("cudnn", cudnn)):
@@ -385,16 +392,6 @@ def attention_cases(run: Run, interpret: bool) -> list[dict[str, Any]]:
 
 def _plain(mask: dict[str, Any]) -> dict[str, Any]:
     return {k: v if isinstance(v, bool | int) else True for k, v in mask.items()}
-
-
-def _mosaic() -> Any:
-    """JAX's own Hopper kernel, or None where it cannot be imported."""
-    try:
-        from jax.experimental.pallas.ops.gpu import attention_mgpu
-    except Exception:
-        return None
-    config = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2, causal=True)
-    return lambda q, k, v: attention_mgpu.attention(q, k, v, config)
 
 
 def sums_cases(run: Run, interpret: bool) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
+from jaxformers.kernels import topk as kernel
+
 DENSE_ELEMENTS = 1 << 24  # scores held at a time when the keys are not cut into blocks: 64 MB
 
 
@@ -112,10 +114,15 @@ def _scores(queries: Float[Array, "n D"], keys: Float[Array, "m D"]) -> Float[Ar
 def _running_topk(queries: Float[Array, "n D"], keys: Float[Array, "blocks block D"], start: Any, m: int, k: int):
     """(scores, indices) (n, k) over key blocks, the first key having index `start`.
 
+    On a GPU one kernel does it (`kernels/topk.py`), elsewhere a scan over the blocks.
+
     Kept candidates stand before the new ones and top_k prefers the earlier of equals, so equal scores keep the order of
     their indices.
     """
-    n, (_, block, _) = len(queries), keys.shape
+    n, (blocks, block, width) = len(queries), keys.shape
+    if kernel.choose(blocks * block, k) != "xla" and k <= blocks * block:
+        scores, indices = kernel.topk(queries, keys.reshape(-1, width), k, count=jnp.clip(m - start, 0, blocks * block))
+        return scores, jnp.where(scores > -jnp.inf, indices + start, -1)
     column = jnp.arange(block)
 
     def merge(best, item):

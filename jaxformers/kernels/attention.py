@@ -2,14 +2,13 @@
 
 context = softmax(Q Kᵀ · scale + bias, masked) V, L = log Σ exp of the masked scores    (arXiv 1706.03762, 2205.14135)
 
-Who runs what (:func:`choose`; thresholds are from ``benchmarks/results/kernels_attention_*``):
+Who runs what (:func:`choose`; figures are in ``benchmarks/results/kernels_attention_h100.md``):
 
 * CPU, and sequences below ``WORTH`` keys: XLA. There the scores fit the caches and a fused softmax is as fast.
 * GPU, 16-bit, causal or unmasked, no bias: cuDNN through ``jax.nn.dot_product_attention``. It is written for the chip.
-* GPU otherwise (padding, prefixes, packed documents, additive biases with their gradient, the log-sum-exp, column sums,
-  float32): ``attention_gpu``, Pallas-Triton.
-* TPU, causal or windowed or packed, heads of 128 or a multiple, no bias: JAX's splash attention.
-* TPU otherwise: ``attention_tpu``.
+* GPU otherwise (padding, prefixes, packed documents, additive biases with their gradient, the log-sum-exp, float32):
+  ``attention_gpu``, Pallas-Triton; also for column sums, from ``WORTH_SUMS`` keys on.
+* TPU: ``attention_tpu``. It was compiled for TPUs, not timed on one, nor compared with JAX's splash attention.
 
 Memory: XLA writes and reads 4·B·H·Q·S bytes of scores (twice that for the backward pass), the kernels none of them.
 """
@@ -25,6 +24,7 @@ from jaxformers.kernels.tiles import MASKED, Rules, platform, seen
 
 KERNELS = {"pallas_gpu": attention_gpu, "pallas_tpu": attention_tpu}
 WORTH = 1024  # keys from which a kernel beats XLA's fused softmax
+WORTH_SUMS = 256  # the same for column sums: XLA writes the scores, the kernel a vector
 
 
 def attention(
@@ -52,7 +52,7 @@ def attention(
     H is a multiple of the key heads. Queries that see no key give zeros, and −1e30 as their log-sum-exp.
     Differentiable in q, k, v and bias, and through both results.
 
-    ``implementation``: None (:func:`choose` decides), "xla", "cudnn", "splash", "pallas_gpu" or "pallas_tpu".
+    ``implementation``: None (:func:`choose` decides), "xla", "cudnn", "pallas_gpu" or "pallas_tpu".
     ``tiles``: the kernel's own, see ``attention_gpu.Tiles`` and ``attention_tpu.Tiles``. ``interpret`` runs a Pallas
     kernel on the CPU.
 
@@ -102,8 +102,7 @@ def column_sums(
     for name, a in (("lse", lse), ("votes", votes)):
         if a.shape != expected:
             raise ValueError(f"{name}: expected (batch, heads, queries) {expected}, got {a.shape}")
-    if implementation is None:
-        implementation = choose(x, rules, return_lse=True)
+    implementation = implementation or choose(x, rules, return_lse=True, worth=WORTH_SUMS)
     if implementation == "xla":
         s, allowed = _scores(x, rules, scale)
         p = jnp.exp(s - lse[..., None])
@@ -117,10 +116,10 @@ def column_sums(
     return _no_gradient(kernels, rules, scale, tiles.dkv, interpret, x)
 
 
-def choose(x: dict[str, Any], rules: Rules, *, return_lse: bool = False) -> str:
+def choose(x: dict[str, Any], rules: Rules, *, return_lse: bool = False, worth: int = WORTH) -> str:
     """The implementation for these operands on this platform; the module's docstring says why."""
     where = platform()
-    if where not in ("gpu", "tpu") or rules.keys < WORTH or rules.queries < 16:
+    if where not in ("gpu", "tpu") or rules.keys < worth or rules.queries < 16:
         return "xla"
     if where == "tpu":
         return "pallas_tpu"

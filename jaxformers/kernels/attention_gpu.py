@@ -55,9 +55,9 @@ def default_tiles(size: int, dtype: Any) -> Tiles:
         edge = 32 if size > 64 else 64
         return Tiles(Tile(64, 32, 4, 2), Tile(32, edge, 4, 1), Tile(edge, 32, 4, 1))
     if size <= 64:
-        return Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3))
+        return Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
     if size <= 128:
-        return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
+        return Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
     return Tiles(Tile(64, 32, 8, 2), Tile(32, 64, 8, 1), Tile(64, 32, 8, 1))
 
 

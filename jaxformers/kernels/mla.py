@@ -52,8 +52,8 @@ def mla_decode(
     if implementation != "pallas_gpu":
         raise ValueError(f"implementation: expected xla, pallas_gpu or pallas_tpu, got {implementation!r}")
     if tile is None:
-        wide = cache.dtype.itemsize == 2 and rank <= 512
-        tile = Tile(min(32, decode._pow2(heads)), 32 if wide else 16, None, 8, 2)
+        slots = 64 if rank <= 512 else 32
+        tile = Tile(16, slots, None, 4, 2) if cache.dtype.itemsize == 2 else Tile(16, 16, None, 8, 2)
     x = {"q": q_latent[:, None], "q2": q_rope[:, None], "k": cache[:, None]}
     x = {name: a.astype(cache.dtype) for name, a in x.items()}
     return decode.split_decode(x, valid, float(scale), tile, interpret)[:, 0].astype(q_latent.dtype)

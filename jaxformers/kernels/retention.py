@@ -67,7 +67,7 @@ def retention(
     state_time: jax.Array | None = None,
     scale: float | None = None,
     form: str = "chunkwise",
-    chunk: int = 128,
+    chunk: int | None = None,
     implementation: str | None = None,
     tiles: Any = None,
     interpret: bool = False,
@@ -79,7 +79,8 @@ def retention(
     returned stands at the last step, in the frame of its position, and continues the sequence (:func:`rebase` moves it
     to another frame). A gap of 0 does not decay. ``scale`` defaults to K^(−1/2).
 
-    ``form``: "chunkwise", "parallel" or "recurrent". ``implementation`` of the chunks: None (by platform and length),
+    ``form``: "chunkwise", "parallel" or "recurrent". ``chunk``: steps a chunk, a power of two (None: 256 on a GPU, else
+    128). ``implementation`` of the chunks: None (by platform and length),
     "xla", "pallas_gpu" or "pallas_tpu". Differentiable in q, k, v, log_decay, times and state.
 
     Raises ValueError for shapes that do not fit, or a state with times but without its own.
@@ -99,6 +100,9 @@ def retention(
         raise ValueError(f"state: expected {(batch, heads, size, v.shape[3])}, got {state.shape}")
     if state is not None and times is not None and state_time is None:
         raise ValueError("state_time: a state that irregular times follow needs the time it stands at")
+    implementation = implementation or choose(length, chunk, max(size, v.shape[3]))
+    if chunk is None:
+        chunk = 256 if implementation == "pallas_gpu" else 128
     if chunk < 16 or chunk & (chunk - 1):
         raise ValueError(f"chunk: expected a power of two from 16 on, got {chunk}")
     scale = size**-0.5 if scale is None else float(scale)
@@ -118,7 +122,6 @@ def retention(
         return _recurrent(*x)
     if form != "chunkwise":
         raise ValueError(f"form: expected chunkwise, parallel or recurrent, got {form!r}")
-    implementation = implementation or choose(length, chunk, max(size, v.shape[3]))
     if implementation == "xla":
         inside = _inside
     elif implementation in KERNELS:
@@ -130,12 +133,12 @@ def retention(
     return _chunkwise(*x, chunk, inside)
 
 
-def choose(length: int, chunk: int, size: int) -> str:
+def choose(length: int, chunk: int | None, size: int) -> str:
     """The implementation of the chunks on the platform that is compiled for, by steps and the larger size of a head."""
     where = platform()
     if length < WORTH or size > 256:
         return "xla"
-    if where == "tpu" and chunk % 128 == 0:
+    if where == "tpu" and (chunk or 128) % 128 == 0:
         return "pallas_tpu"
     return "pallas_gpu" if where == "gpu" else "xla"
 
