@@ -110,6 +110,21 @@ def test_cut_over_devices_it_gives_the_same(name, head, tmp_path):
     assert kernel.sharding.spec == jax.sharding.PartitionSpec("fsdp", "tensor")
 
 
+@pytest.mark.parametrize("name", ["beit-all", "mae-wide", "registers-swiglu", "segformer-maps", "swin-base"])
+def test_bfloat16_is_close(name, oracles):
+    model = jf.load(oracles / "vision" / name, dtype="bfloat16")
+    apply, params = jf.functional(model, scan_layers=True)
+    batch, expected = cases(oracles / "vision" / name)[0]
+    batch.pop("labels", None)
+    out = jax.jit(apply)(params, batch)
+    assert out.last_hidden_state.dtype == "bfloat16"
+    found, reference = (
+        (out.logits, expected["logits"]) if "logits" in expected else (out.pooled, expected["pooler_output"])
+    )
+    error = np.asarray(found, np.float32) - reference
+    assert np.sqrt(np.mean(error**2)) < 0.03 * reference.std()
+
+
 # ---- masked autoencoders -------------------------------------------------------------------------------------------
 
 
