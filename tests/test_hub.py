@@ -81,7 +81,9 @@ def test_heads(oracles):
         jf.load(lm, head="sequence_classification")
     classifier = jf.load(lm, head="sequence_classification", key=jax.random.key(0))
     assert classifier.pooler.kernel.get_value().shape == (32, 32)
-    with pytest.raises(ValueError, match="Bert has no head 'causal_lm'; it has masked_lm, sequence_classification"):
+    with pytest.raises(ValueError, match="Bert has no head 'seq2seq_lm'; it has masked_lm, causal_lm, sequence_"):
+        jf.load(folder, head="seq2seq_lm")
+    with pytest.raises(ValueError, match="head: causal_lm is a decoder's; config.json .* must say is_decoder"):
         jf.load(folder, head="causal_lm")
 
 
