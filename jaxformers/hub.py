@@ -118,6 +118,7 @@ def outline(path_or_id: str | Path, *, head: str | None = None, dtype: Any = Non
         ):
             config = dataclasses.replace(config, **{part: False})
     config = configs.replace(config, config_overrides)
+    _check_head_of(config, head, arch)
     depth = configs.depth(config)
     if depth > len(checkpoint):  # before as many layers are built
         raise CheckpointError(f"{directory}: config.json asks for {depth} layers; there are {len(checkpoint)} tensors")
@@ -168,6 +169,7 @@ def init(config: Any, *, head: str | None = None, key: jax.Array, dtype: Any = N
         config = models.architecture(config.get("model_type", "")).Config.from_hf(config)
     arch = module_of(config)
     check_head(head, arch)
+    _check_head_of(config, head, arch)
 
     @jax.jit
     def build(key: jax.Array) -> Any:
@@ -286,6 +288,12 @@ def head_from_architectures(hf: Mapping[str, Any], arch: Any) -> str | None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("config.json: architectures must be a list of class names")
     return _head_from_class(names[0], arch) if names else getattr(arch, "DEFAULT_HEAD", None)
+
+
+def _check_head_of(config: Any, head: str | None, arch: Any) -> None:
+    """Some heads are for some configs only; a model in the making would say so less clearly."""
+    if hasattr(arch, "check_head"):
+        arch.check_head(config, None if head == "sentence" else head)
 
 
 def check_head(head: str | None, arch: Any) -> None:

@@ -7,6 +7,7 @@ weights). Where there is one: ``RENAMED`` lists (pattern, replacement): from oth
 heads or configs have; ``keys(config)`` adds to KEYS, and ``ignored(config)`` to IGNORED, what a config decides;
 ``FLOAT32`` lists patterns of parameters that never get less precision; ``ALIASES``
 {name: names that stand for it where it is missing}; ``UNPREFIXED``: heads whose checkpoints do without PREFIX;
+``check_head(config, head)`` refuses heads that a config cannot have;
 ``settle(config, tensors)``: the config with what only a checkpoint's tensors tell.
 """
 

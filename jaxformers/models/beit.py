@@ -183,7 +183,6 @@ class BEiT(nnx.Module):
             return nn.Output(h, pooled=pooled)
         return nn.Output(h, logits=self.head(pooled, head_key), pooled=pooled)
 
-
     def _maps(self, x: Array, bias: Array | None, grid: tuple[int, int], key: jax.Array | None) -> nn.Output:
         where = {i: f"{self.layers.path}.{i - 2}.output" for i in self.config.out_indices if i > 1}
         run = lambda x: self.layers(x, bias=bias, grid=grid, key=key)[0]

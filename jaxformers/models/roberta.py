@@ -92,7 +92,7 @@ class Roberta(nnx.Module):
         with_pooler = head is None and c.pooler
         self.pooler = nn.Linear(c.hidden_size, c.hidden_size, std=std, rngs=rngs) if with_pooler else None
         self.head = nnx.data(None)
-        bert.check_head(config, head)
+        check_head(config, head)
         if head in ("masked_lm", "causal_lm"):
             self.head = nn.MaskedLMHead(
                 c.hidden_size,
@@ -155,6 +155,7 @@ class Roberta(nnx.Module):
         return bert.output(self, h, attention_mask, cache, logits_to_keep, head_key)
 
 
+check_head = bert.check_head
 Model = Roberta
 PREFIX = "roberta"
 KEYS = bert.KEYS

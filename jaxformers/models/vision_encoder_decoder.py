@@ -88,8 +88,7 @@ class VisionEncoderDecoder(nnx.Module):
     """``encoder`` → ``memory_projection`` (where the widths differ) → ``decoder`` with its head. Head: seq2seq_lm."""
 
     def __init__(self, config: Config, *, head: str | None = DEFAULT_HEAD, rngs: nnx.Rngs):
-        if head != DEFAULT_HEAD:
-            raise ValueError(f"head: a vision-encoder-decoder has the head {DEFAULT_HEAD} and no other, got {head!r}")
+        check_head(config, head)
         self.path, self.source, self.surgery = "", None, ()
         self.config, self.head_name = config, head
         c = config
@@ -147,6 +146,12 @@ class VisionEncoderDecoder(nnx.Module):
             rngs=decoder_key,
         )
         return dataclasses.replace(out, extra=extra)
+
+
+def check_head(config: Config, head: str | None) -> None:
+    """Its decoder always writes."""
+    if head != DEFAULT_HEAD:
+        raise ValueError(f"head: a vision-encoder-decoder has the head {DEFAULT_HEAD} and no other, got {head!r}")
 
 
 def keys(config: Config) -> dict[str, HF]:
