@@ -4,10 +4,15 @@
 
 in the words of GPTQ checkpoints (arXiv 2210.17323; layout in :mod:`jaxformers.kernels.codes`), as they lie on disk.
 :func:`dequantise` is the definition; a kernel reads k·n·bits/8 bytes of words, n·(2 + bits/8) bytes for each group of
-inputs (float16 scales, packed zeros) and (m·k + m·n) activations, and does 2·m·k·n FLOPs and one to two integer
-operations a weight. With few rows the bytes bound the time, and at 4 bits in groups of 128 they are 0.26 of bfloat16's.
-With many the FLOPs do, which are the same, and unpacking comes on top: then the matrix is written out once in the
-dtype of x, and multiplied by XLA. :func:`choose` draws the line, where `benchmarks/kernels_lowbit.py` measured it.
+inputs (float16 scales, packed zeros) and (m·k + m·n) activations, and does 2·m·k·n FLOPs and one to three integer
+operations a weight. With few rows the bytes bound what is possible (at 4 bits in groups of 128, 0.26 of bfloat16's),
+with many the FLOPs, which are the same, and unpacking comes on top.
+
+What an H100 measured against XLA's product of the bfloat16 matrix (benchmarks/results/kernels_lowbit.md; k = n = 4096):
+one row 1.6 times as fast at 4 bits, 1.7 at 3, 1.9 at 2, 1.2 at 8; 16 rows 1.5 at 4 bits and 1.2 at 8. Unpacking is the
+limit, not memory: 40 % of the bandwidth at k = n = 8192. Everywhere else the bfloat16 matrix is faster where it fits
+(256 rows: 0.65), and what is chosen is the fastest that keeps the weights packed: a kernel that writes the matrix out
+in the dtype of x, and XLA's product, a third of the time of XLA's own unpacking and product.
 """
 
 import functools
@@ -19,6 +24,7 @@ import jax.numpy as jnp
 
 from jaxformers.kernels import lowbit_gpu, lowbit_tpu
 from jaxformers.kernels.codes import PER_WORD, WORDS, codes
+from jaxformers.kernels.platform import platform
 from jaxformers.kernels.shape import Shape
 
 Implementation = Literal["xla", "gpu", "tpu"]
@@ -59,36 +65,18 @@ def ternary_dequantise(words, positive, negative, g_idx=None, *, group_size: int
     return jnp.where(rows == 1, one, jnp.where(rows == 2, two, 0)).astype(dtype)
 
 
-def platform() -> str:
-    """What the program being traced will run on: "cpu", "gpu" (NVIDIA's) or "tpu"; "other" where no kernel may be used.
-
-    Kernels are not partitioned by XLA, so a program for several devices has none outside ``shard_map``. JAX tells
-    while tracing which mesh it is for only where one is set; without that, several devices on this machine count.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        device, alone = jax.devices()[0], jax.device_count() == 1
-    else:
-        device = mesh.abstract_device or jax.devices()[0]
-        alone = mesh.size == 1 or all(kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types)
-    if device.platform == "cpu" or not alone:
-        return "cpu" if device.platform == "cpu" else "other"
-    if device.platform in ("gpu", "cuda"):
-        return "gpu" if device.device_kind.startswith("NVIDIA") else "other"
-    return device.platform
-
-
 def choose(shape: Shape, dtype, where: str | None = None) -> Implementation:
     """The implementation for a product of `shape` with x of `dtype`, on `where` (:func:`platform` if None).
 
-    GPU: measured on an H100, see benchmarks/results. TPU: reasoned from bytes, not measured: what XLA does instead
-    writes the dequantised matrix out and reads it again (five times the bytes of 4-bit words and more), so the kernel
-    takes up to 256 rows; for bfloat16 and float32 only, which TPUs compute in.
+    On a GPU the kernels were faster than XLA's unpacking wherever they were measured, so they are always taken (which,
+    says :func:`lowbit_gpu.tile_for`); act-order goes by the dequantising kernel, and was checked but not timed. TPU:
+    reasoned from bytes, not measured: XLA writes the dequantised matrix out and reads it again (five times the bytes of
+    4-bit words and more), so the kernel takes up to 256 rows; bfloat16 and float32 only, which TPUs compute in.
     """
     where = platform() if where is None else where
     if shape.m == 0:
         return "xla"
-    if where == "gpu" and lowbit_gpu.tile_for(shape, dtype) is not None:
+    if where == "gpu" and dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
         return "gpu"
     if where == "tpu" and shape.m <= 256 and dtype in (jnp.bfloat16, jnp.float32) and lowbit_tpu.tile_for(shape):
         return "tpu"
@@ -178,7 +166,9 @@ def _product(how, x, words, scales, zeros, g_idx):
     if chosen == "xla":
         return _reference(shape, group_size, x, words, scales, zeros, g_idx)
     if chosen == "gpu":
-        tile = lowbit_gpu.tile_for(shape, x.dtype, forced=True)
+        tile = lowbit_gpu.tile_for(shape, x.dtype)
+        if tile is None:
+            return x @ lowbit_gpu.dequantise(words, scales, zeros, g_idx, shape, x.dtype, interpret=interpret)
         return lowbit_gpu.matmul(x, words, scales, zeros, g_idx, shape, tile, interpret)
     zeros = zeros if shape.ternary else unpack_zeros(zeros, shape.bits, shape.n)
     return lowbit_tpu.matmul(
@@ -192,15 +182,16 @@ def _forward(how, x, *operands):
 
 def _backward(how, saved, dy):
     """dx = dy Wᵀ with W dequantised anew; what nobody asks for of the rest is left out when the program is compiled."""
-    shape, group_size = how[:2]
+    shape, group_size, chosen, interpret = how
     x, (words, scales, zeros, g_idx) = saved
+    reference = lambda x, s, z: _reference(shape, group_size, x, words, s, z, g_idx)
     if shape.ternary:
-        _, pull = jax.vjp(lambda x, s, z: _reference(shape, group_size, x, words, s, z, g_idx), x, scales, zeros)
-        dx, d_scales, d_zeros = pull(dy)
-        return dx, None, d_scales, d_zeros, None
-    _, pull = jax.vjp(lambda x, s: _reference(shape, group_size, x, words, s, zeros, g_idx), x, scales)
-    dx, d_scales = pull(dy)
-    return dx, None, d_scales, None, None
+        dx, d_scales, d_zeros = jax.vjp(reference, x, scales, zeros)[1](dy)
+    else:
+        (dx, d_scales), d_zeros = jax.vjp(lambda x, s: reference(x, s, zeros), x, scales)[1](dy), None
+    if chosen == "gpu":
+        dx = dy @ lowbit_gpu.dequantise(words, scales, zeros, g_idx, shape, x.dtype, interpret=interpret).T
+    return dx, None, d_scales, d_zeros, None
 
 
 _product.defvjp(_forward, _backward)

@@ -335,8 +335,10 @@ def _dequantise_kernel(w_ref, s_ref, z_ref, *rest, shape: Shape, tile: Tile):
         plgpu.store(y_ref.at[k[:, None], cols[None, :]], value, mask=(k < shape.k)[:, None] & (cols < shape.n)[None, :])
 
 
-def dequantise(words, scales, zeros, g_idx, shape: Shape, dtype, tile: Tile, interpret: bool = False) -> jax.Array:
-    """The packed matrix as (k, n) in `dtype`: what the definition gives, at the speed of the memory."""
+def dequantise(
+    words, scales, zeros, g_idx, shape: Shape, dtype, tile: Tile = Tile(n=128, words=16), interpret: bool = False
+) -> jax.Array:
+    """The packed matrix as (k, n) in `dtype`: bit for bit what the definition gives."""
     operands = (words, scales, zeros) + ((g_idx,) if shape.act_order else ())
     return pl.pallas_call(
         functools.partial(_dequantise_kernel, shape=shape, tile=tile),
@@ -369,12 +371,32 @@ def matmul(x, words, scales, zeros, g_idx, shape: Shape, tile: Tile, interpret: 
     return partial[0] if tile.splits == 1 else partial.sum(axis=0).astype(x.dtype)
 
 
-def tile_for(shape: Shape, dtype, forced: bool = False) -> Tile | None:
-    """The tile for a product, as measured on an H100; None where dequantising once and XLA's product are faster."""
-    if shape.m > 256 and not forced:
-        return None
-    if shape.m <= 2:
-        return Tile(m=shape.m, n=64, words=32, splits=4, vector=True)
+def tile_for(shape: Shape, dtype) -> Tile | None:
+    """The tile that was fastest on an H100, or None where :func:`dequantise` and XLA's product are.
+
+    Measured for k = n = 4096 and 8192, groups of 128, bfloat16 (benchmarks/results/kernels_lowbit.md); other sizes and
+    float16 go by these. Float32 has no tensor cores that would keep its precision.
+    """
+    m, bits = shape.m, shape.bits
+    if shape.act_order or (shape.groups > 1 and shape.group % shape.per):
+        return None  # scales row by row
+    if m == 1 and not shape.ternary:
+        large = shape.k > 4096
+        if bits == 4 and not large or bits == 8:
+            return Tile(m=1, n=32, words=512, warps=16, vector=True, x_load="split")
+        if bits == 4:
+            return Tile(m=1, n=32, words=128, splits=4, vector=True)
+        if bits == 3 and not large:
+            return Tile(m=1, n=32, words=128, warps=16, vector=True, x_load="split")
+        return Tile(m=1, n=32, words=128 if bits == 3 else 256, warps=8, vector=True)
     if dtype == jnp.float32:
-        return Tile(m=16, n=64, splits=2)
-    return Tile(m=16 if shape.m <= 16 else 32 if shape.m <= 32 else 64, n=64, splits=4, x_load="permuted")
+        return None
+    if bits == 4 and m <= 32:
+        tile = Tile(m=16 if m <= 16 else 32, n=128, splits=4, x_load="split")
+    elif bits == 8 and m <= 16:
+        tile = Tile(m=16, n=128, words=32, splits=4, x_load="split")
+    elif bits in (2, 3) and m <= 16:
+        tile = Tile(m=64 if bits == 3 else 32, n=128, splits=8, warps=8, x_load="split")
+    else:
+        return None
+    return tile if _scaling(shape, tile) == "group" else None

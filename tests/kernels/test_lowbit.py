@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kernels import aot
 
 from jaxformers.kernels import lowbit, lowbit_gpu, lowbit_tpu
+from jaxformers.kernels.platform import platform
 from jaxformers.kernels.shape import Shape
 from jaxformers.weights import words
 from jaxformers.weights.packed import PackedWeight
@@ -127,6 +128,17 @@ def test_gpu_kernels_interpreted(case):
     assert error(on_gpu(kind, x, arrays, n, group_size, tile), x, dense) < BOUNDS[dtype]
 
 
+@pytest.mark.parametrize(("group_size", "act_order"), [(32, False), (40, True)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_dequantising_kernel_is_the_definition(kind, group_size, act_order):
+    arrays, dense = operands(kind, 96, 40, group_size, act_order)
+    names = ("words", "positive", "negative") if kind == "ternary" else ("qweight", "scales", "qzeros")
+    packed = [arrays[name] for name in (*names, "g_idx")]
+    shape = shape_of(kind, 1, 96, 40, group_size, act_order)
+    found = lowbit_gpu.dequantise(*packed, shape, jnp.float32, interpret=True)
+    np.testing.assert_array_equal(found, dense.astype(np.float32))
+
+
 TPU_CASES = [
     ("2", "bfloat16", 3, 544, 72, 32),
     ("3", "bfloat16", 3, 544, 72, 128),
@@ -151,7 +163,7 @@ def test_tpu_kernel_interpreted(case):
 @settings(max_examples=6)
 @given(
     st.sampled_from(KINDS),
-    st.integers(1, 20),
+    st.sampled_from([1, 2, 17]),
     st.integers(1, 5),
     st.integers(1, 70),
     st.sampled_from([-1, 16, 24, 32, 64]),
@@ -161,7 +173,8 @@ def test_tpu_kernel_interpreted(case):
 def test_odd_shapes(kind, m, k, n, group_size, act_order, seed):
     arrays, dense = operands(kind, 32 * k, n, group_size, act_order and group_size != -1, seed)
     x = inputs(m, 32 * k, jnp.float32, seed)
-    assert error(product(kind, x, arrays, group_size, implementation="gpu", interpret=True), x, dense) < 1e-5
+    tile = Tile(m=1, n=16, vector=True) if m == 1 else Tile(n=16)
+    assert error(on_gpu(kind, x, arrays, n, group_size, tile), x, dense) < 1e-5
 
 
 @pytest.mark.parametrize("implementation", ["gpu", "tpu"])
@@ -199,15 +212,26 @@ def test_leading_axes_vmap_and_jit():
 
 def test_the_choice():
     decode, prefill = shape_of("4", 1, 4096, 4096, 128), shape_of("4", 4096, 4096, 4096, 128)
-    assert lowbit.platform() == "cpu" and lowbit.choose(decode, jnp.bfloat16) == "xla"
-    for where in ("gpu", "tpu"):
-        assert lowbit.choose(decode, jnp.bfloat16, where) == where
-        assert lowbit.choose(prefill, jnp.bfloat16, where) == "xla"
+    assert platform() == "cpu" and lowbit.choose(decode, jnp.bfloat16) == "xla"
+    assert lowbit.choose(decode, jnp.bfloat16, "tpu") == "tpu" and lowbit.choose(prefill, jnp.bfloat16, "tpu") == "xla"
+    assert lowbit.choose(decode, jnp.bfloat16, "gpu") == lowbit.choose(prefill, jnp.bfloat16, "gpu") == "gpu"
+    assert lowbit_gpu.tile_for(decode, jnp.bfloat16).vector and lowbit_gpu.tile_for(prefill, jnp.bfloat16) is None
     assert lowbit.choose(decode, jnp.bfloat16, "other") == "xla"
     assert lowbit.choose(decode, jnp.float16, "tpu") == "xla"  # TPUs have no float16
     assert lowbit.choose(shape_of("4", 1, 4096, 4096, 128, act_order=True), jnp.bfloat16, "tpu") == "xla"
     assert lowbit.choose(shape_of("4", 1, 4096, 4096, 36), jnp.bfloat16, "tpu") == "xla"
     assert lowbit.choose(shape_of("4", 0, 4096, 4096, 128), jnp.bfloat16, "gpu") == "xla"
+
+
+def test_no_kernel_in_a_program_for_several_devices():
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    for axis, where in ((jax.sharding.AxisType.Auto, "other"), (jax.sharding.AxisType.Manual, "gpu")):
+        mesh = jax.sharding.AbstractMesh((2,), ("x",), axis_types=(axis,), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert platform() == where
+    other = jax.sharding.AbstractDevice(device_kind="NVIDIA A100-SXM4-40GB", num_cores=108, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=other)):
+        assert platform() == "other"
 
 
 @pytest.mark.parametrize("kind", ["4", "ternary"])
@@ -219,8 +243,10 @@ def test_typed_weights_take_the_kernel_on_a_gpu_only(kind):
         w = TernaryWeight(arrays["words"], arrays["positive"], arrays["negative"], None, 32)
     x = inputs(2, 96, jnp.bfloat16)
     assert "lowbit_matmul" in aot.lower_for_cuda(lambda w, x: w.matmul(x), w, x)
-    assert "lowbit_matmul" not in aot.lower_for_cuda(lambda w, x: w.matmul(x), w, jnp.tile(x, (1000, 1)))
-    assert "lowbit_matmul" not in jax.jit(lambda w, x: w.matmul(x)).lower(w, x).as_text()
+    assert "lowbit_dequantise" in aot.lower_for_cuda(lambda w, x: w.matmul(x), w, jnp.tile(x, (1000, 1)))
+    grad = jax.grad(lambda x, w: w.matmul(x).astype(jnp.float32).sum())
+    assert "lowbit_dequantise" in aot.lower_for_cuda(grad, x, w)
+    assert "lowbit" not in jax.jit(lambda w, x: w.matmul(x)).lower(w, x).as_text()
     np.testing.assert_allclose(w.matmul(x.astype(jnp.float32)), np.asarray(x, np.float64) @ dense, rtol=1e-4, atol=1e-4)
 
 
@@ -239,7 +265,7 @@ def test_gpu_kernels_lower_for_cuda(kind, dtype):
         x = jax.ShapeDtypeStruct((m, k), dtype)
         f = functools.partial(product, kind, group_size=group_size, implementation="gpu")
         text = aot.lower_for_cuda(lambda x, a, f=f: f(x, a), x, arrays)
-        assert "lowbit_matmul" in text
+        assert "lowbit_matmul" in text or "lowbit_dequantise" in text
 
 
 TPU_SNIPPET = """
