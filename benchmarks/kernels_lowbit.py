@@ -326,13 +326,13 @@ def sweep(jobs: list, size: int, group: int, log: Log, left) -> None:
             found = candidates(*job)
             if depth < len(found):
                 futures[pool.submit(cases[job].compile, found[depth])] = (job, found[depth])
-    deadline = 0.62 * left()
-    finished, late = concurrent.futures.wait(futures, timeout=deadline)
-    pool.shutdown(wait=False, cancel_futures=True)
+    concurrent.futures.wait(futures, timeout=0.55 * left())
+    pool.shutdown(wait=True, cancel_futures=True)  # a compiler that still ran would disturb the measurements
+    finished = [future for future in futures if not future.cancelled()]
     log(f"{len(finished)} of {len(futures)} candidates compiled, {time.monotonic() - START:.0f} s")
     best: dict = {}
     for future, (job, tile) in futures.items():
-        if future in late or left() < 5:
+        if future.cancelled() or left() < 5:
             log(f"    not done: {job} {show(tile)}")
             continue
         try:
