@@ -24,7 +24,6 @@ import jax.numpy as jnp
 
 from jaxformers.kernels import lowbit_gpu, lowbit_tpu
 from jaxformers.kernels.codes import PER_WORD, WORDS, codes
-from jaxformers.kernels.platform import platform
 from jaxformers.kernels.shape import Shape
 
 Implementation = Literal["xla", "gpu", "tpu"]
@@ -63,6 +62,27 @@ def ternary_dequantise(words, positive, negative, g_idx=None, *, group_size: int
     group = jnp.arange(k) // (k if group_size == -1 else group_size) if g_idx is None else g_idx
     one, two = positive.astype(dtype)[group], negative.astype(dtype)[group]
     return jnp.where(rows == 1, one, jnp.where(rows == 2, two, 0)).astype(dtype)
+
+
+def platform() -> str:
+    """The platform: "cpu", "gpu" (NVIDIA's Hopper) or "tpu"; "other" where no kernel may be used.
+
+    Kernels are not partitioned by XLA, so a program for several devices has none outside ``shard_map``. JAX tells
+    while tracing which mesh it is for only where one is set; without that, several devices on this machine count. The
+    tiles of the GPU kernels were measured on an H100 and may not fit into the shared memory of other kinds.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        device, alone = jax.devices()[0], jax.device_count() == 1
+    else:
+        device = mesh.abstract_device or jax.devices()[0]
+        alone = mesh.size == 1 or all(kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types)
+    if device.platform == "cpu" or not alone:
+        return "cpu" if device.platform == "cpu" else "other"
+    if device.platform in ("gpu", "cuda"):
+        hopper = device.device_kind.startswith(("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200"))
+        return "gpu" if hopper else "other"
+    return device.platform
 
 
 def choose(shape: Shape, dtype, where: str | None = None) -> Implementation:

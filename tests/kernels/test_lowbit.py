@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from kernels import aot
 
 from jaxformers.kernels import lowbit, lowbit_gpu, lowbit_tpu
-from jaxformers.kernels.platform import platform
 from jaxformers.kernels.shape import Shape
 from jaxformers.weights import words
 from jaxformers.weights.packed import PackedWeight
@@ -212,7 +211,7 @@ def test_leading_axes_vmap_and_jit():
 
 def test_the_choice():
     decode, prefill = shape_of("4", 1, 4096, 4096, 128), shape_of("4", 4096, 4096, 4096, 128)
-    assert platform() == "cpu" and lowbit.choose(decode, jnp.bfloat16) == "xla"
+    assert lowbit.platform() == "cpu" and lowbit.choose(decode, jnp.bfloat16) == "xla"
     assert lowbit.choose(decode, jnp.bfloat16, "tpu") == "tpu" and lowbit.choose(prefill, jnp.bfloat16, "tpu") == "xla"
     assert lowbit.choose(decode, jnp.bfloat16, "gpu") == lowbit.choose(prefill, jnp.bfloat16, "gpu") == "gpu"
     assert lowbit_gpu.tile_for(decode, jnp.bfloat16).vector and lowbit_gpu.tile_for(prefill, jnp.bfloat16) is None
@@ -228,10 +227,10 @@ def test_no_kernel_in_a_program_for_several_devices():
     for axis, where in ((jax.sharding.AxisType.Auto, "other"), (jax.sharding.AxisType.Manual, "gpu")):
         mesh = jax.sharding.AbstractMesh((2,), ("x",), axis_types=(axis,), abstract_device=device)
         with jax.sharding.use_abstract_mesh(mesh):
-            assert platform() == where
+            assert lowbit.platform() == where
     other = jax.sharding.AbstractDevice(device_kind="NVIDIA A100-SXM4-40GB", num_cores=108, platform="gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=other)):
-        assert platform() == "other"
+        assert lowbit.platform() == "other"
 
 
 @pytest.mark.parametrize("kind", ["4", "ternary"])
