@@ -8,6 +8,7 @@ Who runs what (:func:`choose`; figures are in ``benchmarks/results/kernels_atten
 * GPU, 16-bit, causal or unmasked, no bias: cuDNN through ``jax.nn.dot_product_attention``. It is written for the chip.
 * GPU otherwise (padding, prefixes, packed documents, additive biases with their gradient, the log-sum-exp, float32):
   ``attention_gpu``, Pallas-Triton; also for column sums, from ``WORTH_SUMS`` keys on.
+* Programs that XLA cuts over several devices: XLA or cuDNN; a Pallas kernel cannot be cut, but runs in ``shard_map``.
 * TPU: ``attention_tpu``. It was compiled for TPUs, not timed on one, nor compared with JAX's splash attention.
 
 Memory: XLA writes and reads 4·B·H·Q·S bytes of scores (twice that for the backward pass), the kernels none of them.
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxformers.kernels import attention_gpu, attention_tpu
-from jaxformers.kernels.tiles import MASKED, Rules, platform, seen
+from jaxformers.kernels.tiles import MASKED, Rules, partitioned, platform, seen
 
 KERNELS = {"pallas_gpu": attention_gpu, "pallas_tpu": attention_tpu}
 WORTH = 1024  # keys from which a kernel beats XLA's fused softmax
@@ -121,14 +122,15 @@ def choose(x: dict[str, Any], rules: Rules, *, return_lse: bool = False, worth: 
     where = platform()
     if where not in ("gpu", "tpu") or rules.keys < worth or rules.queries < 16:
         return "xla"
+    ours = "xla" if partitioned() else "pallas_" + where
     if where == "tpu":
-        return "pallas_tpu"
+        return ours
     plain = not (rules.by_content or rules.prefix or return_lse or "bias" in x)
     square = not rules.causal or ("start" not in x and rules.queries == rules.keys)
     sizes = x["q"].shape[-1] == x.get("v", x["k"]).shape[-1] and x["q"].shape[-1] % 8 == 0
     if plain and square and sizes and x["q"].shape[-1] <= 128 and x["q"].dtype in (jnp.bfloat16, jnp.float16):
         return "cudnn"
-    return "pallas_gpu"
+    return ours
 
 
 def operands(q, k, v, *, causal=False, window=None, valid=None, prefix=None, segments=None, start=0, bias=None):

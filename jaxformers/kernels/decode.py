@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxformers.kernels import attention_tpu
-from jaxformers.kernels.tiles import MASKED, Rules, dot, platform
+from jaxformers.kernels.tiles import MASKED, Rules, dot, partitioned, platform
 
 LOG2E = math.log2(math.e)
 WORTH = 1024  # slots from which the kernel beats XLA on a GPU
@@ -101,7 +101,7 @@ def walk(x: dict[str, Any], allowed, scale: float, value_size: int, interpret: b
 
 def choose(slots: int) -> str:
     """The implementation on the platform that is compiled for."""
-    return "pallas_gpu" if platform() == "gpu" and slots >= WORTH else "xla"
+    return "pallas_gpu" if platform() == "gpu" and slots >= WORTH and not partitioned() else "xla"
 
 
 def reference(q, k, v, allowed, scale: float):

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxformers.kernels import retention_gpu, retention_tpu
-from jaxformers.kernels.tiles import platform
+from jaxformers.kernels.tiles import partitioned, platform
 
 KERNELS = {"pallas_gpu": retention_gpu, "pallas_tpu": retention_tpu}
 WORTH = 512  # steps from which a kernel beats XLA
@@ -136,7 +136,7 @@ def retention(
 def choose(length: int, chunk: int | None, size: int) -> str:
     """The implementation of the chunks on the platform that is compiled for, by steps and the larger size of a head."""
     where = platform()
-    if length < WORTH or size > 256:
+    if length < WORTH or size > 256 or partitioned():
         return "xla"
     if where == "tpu" and (chunk or 128) % 128 == 0:
         return "pallas_tpu"

@@ -126,3 +126,14 @@ def platform() -> str:
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     found = getattr(device, "platform", None) or jax.default_backend()
     return "gpu" if found in ("cuda", "rocm") else found
+
+
+def partitioned() -> bool:
+    """Whether XLA may have to cut what is being traced over several devices, which it cannot do to a Pallas kernel.
+
+    Inside ``jax.shard_map`` over all axes every device has its own program, and kernels are welcome.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() > 1
+    return mesh.size > 1 and set(mesh.axis_names) != set(mesh.manual_axes)

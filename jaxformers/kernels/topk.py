@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
 from jaxformers.kernels.decode import exact_precision
-from jaxformers.kernels.tiles import dot, platform
+from jaxformers.kernels.tiles import dot, partitioned, platform
 
 WORTH = 4096  # keys from which the kernel is worth its start
 MOST = 64  # results a query: each costs a pass over the first tiles
@@ -75,7 +75,8 @@ def topk(
 
 def choose(keys: int, k: int) -> str:
     """The implementation on the platform that is compiled for."""
-    return "pallas_gpu" if platform() == "gpu" and keys >= WORTH and k <= MOST else "xla"
+    fits = keys >= WORTH and k <= MOST and not partitioned()
+    return "pallas_gpu" if platform() == "gpu" and fits else "xla"
 
 
 def reference(queries, keys, k: int, count):

@@ -232,11 +232,12 @@ def test_lowers_for_cuda():
 
 
 def test_the_choice(monkeypatch):
-    def chosen(platform, length=4096, size=64, dtype=jnp.bfloat16, queries=None, bias=None, return_lse=False, **mask):
+    def chosen(platform, length=4096, size=64, dtype=jnp.bfloat16, queries=None, cut=False, return_lse=False, **mask):
         monkeypatch.setattr(attention, "platform", lambda: platform)
+        monkeypatch.setattr(attention, "partitioned", lambda: cut)
         q = jax.ShapeDtypeStruct((1, queries or length, 2, size), dtype)
         k = jax.ShapeDtypeStruct((1, length, 2, size), dtype)
-        return attention.choose(*attention.operands(q, k, k, bias=bias, **mask), return_lse=return_lse)
+        return attention.choose(*attention.operands(q, k, k, **mask), return_lse=return_lse)
 
     ones = jnp.ones((1, 4096), bool)
     assert chosen("cpu") == chosen("gpu", 512) == chosen("tpu", 512) == "xla"
@@ -245,6 +246,21 @@ def test_the_choice(monkeypatch):
         assert chosen("gpu", **lacking) == "pallas_gpu"
     assert chosen("gpu", causal=True, start=3) == chosen("gpu", causal=True, queries=100) == "pallas_gpu"
     assert chosen("tpu", causal=True, valid=ones) == "pallas_tpu"
+    assert chosen("gpu", cut=True) == "cudnn"
+    assert chosen("gpu", valid=ones, cut=True) == chosen("tpu", cut=True) == "xla"
+
+
+def test_only_programs_of_one_device_are_whole():
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    found = []
+    ask = lambda x: found.append(tiles.partitioned()) or x
+    for axes in ({"a", "b"}, {"a"}):
+        spec = jax.sharding.PartitionSpec("a")
+        jax.jit(jax.shard_map(ask, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=axes, check_vma=False))(
+            jnp.ones(4)
+        )
+    jax.jit(ask)(jnp.ones(4))  # the tests have eight devices
+    assert found == [False, True, True]
 
 
 def test_what_does_not_fit_is_refused():

@@ -100,7 +100,10 @@ def test_lowers_for_cuda():
 def test_the_choice(monkeypatch):
     for where, expected in (("cpu", "xla"), ("tpu", "xla"), ("gpu", "pallas_gpu")):
         monkeypatch.setattr(decode, "platform", lambda where=where: where)
+        monkeypatch.setattr(decode, "partitioned", lambda: False)
         assert decode.choose(4096) == expected and decode.choose(100) == "xla"
+    monkeypatch.setattr(decode, "partitioned", lambda: True)
+    assert decode.choose(4096) == "xla"
 
 
 def test_what_does_not_fit_is_refused():

@@ -151,6 +151,7 @@ def test_the_choice(monkeypatch):
     chosen = {}
     for where in ("cpu", "gpu", "tpu"):
         monkeypatch.setattr(module, "platform", lambda where=where: where)
+        monkeypatch.setattr(module, "partitioned", lambda: False)
         chosen[where] = [choose(4096, 128, 64), choose(4096, 64, 64), choose(100, 128, 64), choose(4096, 128, 512)]
     assert chosen["cpu"] == 4 * ["xla"]
     assert chosen["gpu"] == ["pallas_gpu", "pallas_gpu", "xla", "xla"]
