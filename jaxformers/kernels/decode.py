@@ -56,8 +56,8 @@ def decode(
     """The context (B, H, E) of one query a sequence, q (B, H, D), over the slots of k (B, G, S, D) and v (B, G, S, E)
     that ``allowed`` (B, S) marks; zeros where it marks none. H is a multiple of G.
 
-    ``implementation``: None (:func:`choose`), "xla", "pallas_gpu" or "pallas_tpu". No gradient through the kernels.
-    Raises ValueError for shapes that do not fit.
+    ``implementation``: None (:func:`choose`), "xla", "pallas_gpu" or "pallas_tpu". The kernels take their
+    gradients from the reference. Raises ValueError for shapes that do not fit.
     """
     batch, heads, size = q.shape
     if k.ndim != 4 or k.shape[0] != batch or k.shape[3] != size or v.ndim != 4 or v.shape[:3] != k.shape[:3]:
@@ -73,15 +73,31 @@ def decode(
     if implementation == "xla":
         return reference(q, k, v, allowed, scale)
     group = heads // k.shape[1]
-    if implementation == "pallas_tpu":
+
+    def kernel(q, k, v, allowed):
         x = {"q": q.reshape(batch, k.shape[1], group, size), "k": k, "v": v}
-        return walk(x, allowed, scale, v.shape[3], interpret).reshape(batch, heads, -1).astype(q.dtype)
-    if implementation != "pallas_gpu":
+        if implementation == "pallas_tpu":
+            out = walk(x, allowed, scale, v.shape[3], interpret)
+        else:
+            cut = tile or Tile(min(64, _pow2(group)), 64 if k.dtype.itemsize == 2 else 32)
+            out = split_decode(x, allowed, scale, cut, interpret)
+        return out.reshape(batch, heads, -1).astype(q.dtype)
+
+    if implementation not in ("pallas_gpu", "pallas_tpu"):
         raise ValueError(f"implementation: expected xla, pallas_gpu or pallas_tpu, got {implementation!r}")
-    if tile is None:
-        tile = Tile(min(64, _pow2(group)), 64 if k.dtype.itemsize == 2 else 32)
-    x = {"q": q.reshape(batch, k.shape[1], group, size), "k": k, "v": v}
-    return split_decode(x, allowed, scale, tile, interpret).reshape(batch, heads, -1).astype(q.dtype)
+    return with_gradient_of(lambda q, k, v, allowed: reference(q, k, v, allowed, scale), kernel, (q, k, v), allowed)
+
+
+def with_gradient_of(reference: Any, kernel: Any, operands: tuple[jax.Array, ...], allowed: jax.Array | None) -> Any:
+    """``kernel(*operands, allowed)``, whose gradient is that of ``reference``: decoding is seldom trained."""
+    run = jax.custom_vjp(kernel)
+
+    def backward(saved, grad):
+        *operands, allowed = saved
+        return (*jax.vjp(lambda *a: reference(*a, allowed), *operands)[1](grad), None)
+
+    run.defvjp(lambda *a: (kernel(*a), a), backward)
+    return run(*operands, allowed)
 
 
 def walk(x: dict[str, Any], allowed, scale: float, value_size: int, interpret: bool = False):
@@ -119,8 +135,10 @@ def masked_softmax(s, allowed):
     """Softmax over the last axis among ``allowed``; all zero where nothing is."""
     if allowed is None:
         return jax.nn.softmax(s, axis=-1)
-    e = jnp.where(allowed, jnp.exp(s - jnp.where(allowed, s, MASKED).max(axis=-1, keepdims=True)), 0.0)
-    return e / jnp.maximum(e.sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    s = jnp.where(allowed, s, MASKED)  # before exp, so that what is masked has no gradient that overflows
+    e = jnp.where(allowed, jnp.exp(s - jax.lax.stop_gradient(s.max(axis=-1, keepdims=True))), 0.0)
+    total = e.sum(axis=-1, keepdims=True)
+    return e / jnp.where(total > 0, total, 1.0)
 
 
 def _pow2(n: int) -> int:

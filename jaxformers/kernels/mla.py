@@ -33,7 +33,9 @@ def mla_decode(
     ``cache`` (B, S, R + P) that ``valid`` (B, S) marks; zeros where it marks none.
 
     ``scale`` is 1/√(d_nope + d_rope) of the unabsorbed heads. ``implementation``: None (``decode.choose``), "xla",
-    "pallas_gpu" or "pallas_tpu". No gradient through the kernels. Raises ValueError for shapes that do not fit.
+    "pallas_gpu" or "pallas_tpu". The kernels take their gradients from the reference.
+
+    Raises ValueError for shapes that do not fit.
     """
     batch, heads, rank = q_latent.shape
     if q_rope.shape[:2] != (batch, heads):
@@ -45,18 +47,22 @@ def mla_decode(
     implementation = implementation or decode.choose(cache.shape[1])
     if implementation == "xla":
         return reference(q_latent, q_rope, cache, scale, valid)
-    if implementation == "pallas_tpu":
-        q = jnp.concatenate([q_latent, q_rope], axis=-1).astype(cache.dtype)
-        out = decode.walk({"q": q[:, None], "k": cache[:, None]}, valid, float(scale), rank, interpret)
-        return out[:, 0].astype(q_latent.dtype)
-    if implementation != "pallas_gpu":
+    if implementation not in ("pallas_gpu", "pallas_tpu"):
         raise ValueError(f"implementation: expected xla, pallas_gpu or pallas_tpu, got {implementation!r}")
-    if tile is None:
+    scale = float(scale)
+
+    def kernel(q, turned, cache, valid):
+        q, turned = q.astype(cache.dtype), turned.astype(cache.dtype)
+        if implementation == "pallas_tpu":
+            x = {"q": jnp.concatenate([q, turned], axis=-1)[:, None], "k": cache[:, None]}
+            return decode.walk(x, valid, scale, rank, interpret)[:, 0].astype(q_latent.dtype)
         slots = 64 if rank <= 512 else 32
-        tile = Tile(16, slots, None, 4, 2) if cache.dtype.itemsize == 2 else Tile(16, 16, None, 8, 2)
-    x = {"q": q_latent[:, None], "q2": q_rope[:, None], "k": cache[:, None]}
-    x = {name: a.astype(cache.dtype) for name, a in x.items()}
-    return decode.split_decode(x, valid, float(scale), tile, interpret)[:, 0].astype(q_latent.dtype)
+        cut = tile or (Tile(16, slots, None, 4, 2) if cache.dtype.itemsize == 2 else Tile(16, 16, None, 8, 2))
+        x = {"q": q[:, None], "q2": turned[:, None], "k": cache[:, None]}
+        return decode.split_decode(x, valid, scale, cut, interpret)[:, 0].astype(q_latent.dtype)
+
+    defined = lambda q, turned, cache, valid: reference(q, turned, cache, scale, valid)
+    return decode.with_gradient_of(defined, kernel, (q_latent, q_rope, cache), valid)
 
 
 def reference(q_latent, q_rope, cache, scale: float, valid=None):

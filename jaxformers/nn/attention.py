@@ -148,7 +148,11 @@ def _by_kernel(q, k, v, mask: Mask, bias, scale) -> jax.Array | None:
         allowed = visible_slots(mask, q.shape[0], k.shape[1])
         keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)  # as a cache keeps them
         return decode.decode(q[:, 0], keys, values, allowed=allowed, scale=scale)[:, None]
-    rules = {"causal": mask.causal, "valid": mask.valid, "segments": mask.segments}
+    batch, queries, keys = *q.shape[:2], k.shape[1]
+    if bias is not None and (bias.shape[0] not in (1, batch) or bias.shape[2:] != (queries, keys)):
+        return None  # broadcast in a way that the kernels do not know
+    valid = None if mask.valid is None else jnp.broadcast_to(mask.valid, (batch, keys))
+    rules = {"causal": mask.causal, "valid": valid, "segments": mask.segments}
     if mask.causal:
         rules |= {"window": mask.window, "prefix": mask.prefix, "start": mask.start}
     how = kernel.choose(*kernel.operands(q, k, v, bias=bias, **rules))

@@ -85,6 +85,19 @@ def test_bfloat16():
         assert found.dtype == jnp.bfloat16 and np.abs(found - exact).max() < 1e-2
 
 
+def test_gradients():
+    """Of a single trained query, such as one that pools: those of the reference, through the kernel."""
+    q, k, v, allowed = draw((2, 4, 16), 0), draw((2, 2, 33, 16), 1), draw((2, 2, 33, 16), 2), visible(2, 33)
+    run = lambda how: lambda *a: (decode.decode(*a, allowed=allowed, implementation=how, interpret=True) ** 2).sum()
+    for a, b in zip(*(jax.grad(run(how), argnums=(0, 1, 2))(q, k, v) for how in ("pallas_gpu", "xla")), strict=True):
+        assert np.abs(a - b).max() < 1e-5 and np.abs(b).max() > 0.1
+    cache = draw((2, 33, 24), 3)
+    one = lambda how: lambda q, r, c: mla_decode(q, r, c, scale=0.2, implementation=how, interpret=True).sum()
+    args = draw((2, 4, 16), 4), draw((2, 4, 8), 5), cache
+    for a, b in zip(*(jax.grad(one(how), argnums=(0, 1, 2))(*args) for how in ("pallas_gpu", "xla")), strict=True):
+        assert np.abs(a - b).max() < 1e-5 and np.abs(b).max() > 0.1
+
+
 def test_lowers_for_cuda():
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     mask = jax.ShapeDtypeStruct((4, 3000), bool)
