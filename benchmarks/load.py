@@ -169,23 +169,25 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="where to put the checkpoint (default: a temporary directory)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "load.md")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
         return measure(arguments.case[0], Path(arguments.case[1]))
 
+    chosen = {name: case for name, case in CASES.items() if arguments.only in name}
     layers = max(1, round((arguments.gigabytes * 1e9 - OUTER_BYTES) / LAYER_BYTES))
     with tempfile.TemporaryDirectory(dir=arguments.directory) as place:
         size = OUTER_BYTES + layers * LAYER_BYTES
         largest = {}
-        for shards in (1, SHARDS):
+        for shards in sorted({shards for _, shards, _ in chosen.values()}):
             directory = Path(place) / str(shards)
             make(directory, layers, 5e9 if shards == 1 else size / SHARDS * 1.05)
             largest[shards] = max(path.stat().st_size for path in directory.glob("*.safetensors"))
         os.sync()
-        runs: dict[str, list] = {case: [] for case in CASES}
+        runs: dict[str, list] = {case: [] for case in chosen}
         for turn in range(arguments.repeat + 1):  # in turns, so that all see the same machine; the first one warms up
-            for case, (_, shards, _) in CASES.items():
+            for case, (_, shards, _) in chosen.items():
                 command = [sys.executable, __file__, "--case", case, str(Path(place) / str(shards))]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode:
@@ -193,7 +195,7 @@ def main() -> None:
                 if turn:
                     runs[case].append(json.loads(done.stdout.splitlines()[-1]))
         rows = []
-        for case, (_, shards, stays) in CASES.items():
+        for case, (_, shards, stays) in chosen.items():
             seconds, peak, anonymous = (statistics.median(values) for values in zip(*runs[case], strict=True))
             bound = None if stays is None else 1.2 * largest[shards] + stays * size
             rows.append((case, seconds, peak, anonymous, bound))
@@ -221,10 +223,11 @@ def main() -> None:
         "|---|---|---|---|---|---|",
     ]
     for case, seconds, peak, anonymous, bound in rows:
-        plain = base["read the bytes" if bound is not None else "write the bytes and fsync"]
+        plain = base.get("read the bytes" if bound is not None else "write the bytes and fsync")
+        against = "–" if plain is None else f"{seconds / plain:.2f}"
         limit = "" if bound is None else f"{bound / 1e9:.2f}"
         lines.append(
-            f"| {case} | {seconds:.2f} | {seconds / plain:.2f} | {peak / 1e9:.2f} | {anonymous / 1e9:.2f} | {limit} |"
+            f"| {case} | {seconds:.2f} | {against} | {peak / 1e9:.2f} | {anonymous / 1e9:.2f} | {limit} |"
         )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text("\n".join(lines) + "\n")

@@ -191,7 +191,9 @@ def largest_batch(attempt: Callable[[int], Report], batch: int, unit: int, first
             (a, bytes_a), (b, bytes_b) = sorted(used.items())[-2:]
             slope = (bytes_b - bytes_a) / (b - a)
             guess = int(b + (first.memory - bytes_b) / slope) if slope > 0 else 4 * low
-        guess = min(max(guess, low + 1), 4 * max(low, 1) if high is None else high - 1)
+        if high is not None and guess >= high:  # the line has been refuted there
+            guess = (low + high) // 2
+        guess = max(guess, low + 1) if high is not None else min(max(guess, low + 1), 4 * max(low, 1))
         report = attempt(guess * unit)
         if report.fits:
             low, used[guess] = guess, report.used
