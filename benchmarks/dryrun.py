@@ -81,8 +81,8 @@ def main() -> None:
         "Compiled by libtpu for topologies that were not there; nothing was run. Least times are what the chip's peak "
         "numbers allow for matrix products, for reading arguments and writing results once, and for the links.",
         "",
-        "XLA:TPU writes some gathers of weights as sums of slices put into zeros: they count as all-reduce, and send twice "
-        "as much.",
+        "XLA:TPU writes some gathers of weights as sums of slices put into zeros: they count as all-reduce, and send "
+        "twice as much.",
         "",
         HEADER,
         "|" + "---|" * (HEADER.count("|") - 1),
