@@ -58,7 +58,7 @@ def test_the_official_sweep(shared, name):
     report: list[LayerReport] = []
     small = gptq(dense, oracle["calib_ids"], **SWEEPS[name], scale_dtype="float32", batch_size=1, report=report)
     arch = jf.models.architecture(json.loads(dense.config.hf)["model_type"])
-    keys = all_keys(arch, "causal_lm")
+    keys = all_keys(dense, arch)
     losses = {r.path: r.loss for r in report}
     for path, kernel in kernels(small).items():
         theirs = lookup(keys, path)[0].name
