@@ -13,9 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
+from jaxformers.kernels.lazy import pl, pltpu
 from jaxformers.kernels.tiles import MASKED, Rules, dot, key_tiles, query_tiles, seen
 
 Operands = dict[str, Any]

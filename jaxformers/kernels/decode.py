@@ -20,10 +20,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxformers.kernels import attention_tpu
+from jaxformers.kernels.lazy import pl, plgpu
 from jaxformers.kernels.tiles import MASKED, Rules, dot, partitioned, platform
 
 LOG2E = math.log2(math.e)

@@ -19,8 +19,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxformers.kernels.codes import (
     WORDS,
@@ -35,6 +33,7 @@ from jaxformers.kernels.codes import (
     remainder,
     shift_right,
 )
+from jaxformers.kernels.lazy import pl, plgpu
 from jaxformers.kernels.shape import Shape
 
 

@@ -18,10 +18,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from jaxformers.kernels.codes import WORDS, as_float32, codes, constant, pairs, quotient, remainder, shift_right
+from jaxformers.kernels.lazy import pl, pltpu
 from jaxformers.kernels.shape import Shape
 
 SUBLANES = 8  # rows of a 32-bit register

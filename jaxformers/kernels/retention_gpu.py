@@ -14,10 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxformers.kernels.decode import exact_precision
+from jaxformers.kernels.lazy import pl, plgpu
 from jaxformers.kernels.tiles import dot
 
 

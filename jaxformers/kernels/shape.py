@@ -3,9 +3,9 @@
 import dataclasses
 
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from jaxformers.kernels.codes import PER_WORD, WORDS
+from jaxformers.kernels.lazy import pl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Shape:
         """Rows of words, or of triples at 3 bits."""
         return -(-self.k // self.per)
 
-    def cost(self, dtype) -> pl.CostEstimate:
+    def cost(self, dtype) -> "pl.CostEstimate":
         """FLOPs and bytes: words, scales and zeros in 32 bits each, activations in and out."""
         size = jnp.dtype(dtype).itemsize
         moved = 4 * self.rows * WORDS[self.bits] * self.n + 8 * self.groups * self.n + size * self.m * (self.k + self.n)

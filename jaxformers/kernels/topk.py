@@ -16,11 +16,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas import triton as plgpu
 
 from jaxformers.kernels.decode import exact_precision
+from jaxformers.kernels.lazy import pl, plgpu, pltpu
 from jaxformers.kernels.tiles import dot, partitioned, platform
 
 WORTH = 4096  # keys from which the kernel is worth its start
