@@ -32,6 +32,15 @@ def test_tested_intents_are_never_trained_on(shared):
     assert not trained & {split.val.corpus[i] for relevant in split.val.relevant for i in relevant}
 
 
+def test_known_intents_are_asked_about_with_other_questions(shared):
+    config = linktransformer.PRESETS["small"]
+    held_out, known = linktransformer.banking77(config, 1), linktransformer.known(config, 1)
+    assert known.train == held_out.train and known.val.corpus == held_out.val.corpus
+    trained = {text for texts in known.train for text in texts}
+    assert len(known.val.queries) == 51 * 20 and not trained & set(known.val.queries)
+    assert all(known.val.corpus[i] in trained for relevant in known.val.relevant for i in relevant)
+
+
 def test_record_matches(shared):
     split = linktransformer.itunes(linktransformer.PRESETS["small"], 0)
     assert (len(split.train), len(split.val.queries), len(split.val.corpus)) == (78, 27, 483)
