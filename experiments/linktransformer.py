@@ -147,7 +147,8 @@ def banking77(config: Config, seed: int, of_trained: bool = False) -> tables.Spl
     known = {intent: few(intent) for intent in intents}
     corpus = [(text, intent) for intent in intents for text in known[intent]]
     asked = trained if of_trained else tested
-    queries = [(text, intent) for intent in asked for text in by_intent[intent]["test"]]
+    shown = {text for intent in trained for text in known[intent]}  # one question is in both files
+    queries = [(text, intent) for intent in asked for text in by_intent[intent]["test"] if text not in shown]
     relevant = [tuple(i for i, (_, other) in enumerate(corpus) if other == intent) for _, intent in queries]
     val = tables.Retrieval(tuple(q for q, _ in queries), tuple(c for c, _ in corpus), tuple(relevant))
     return tables.Split([tuple(known[intent]) for intent in trained], val, None)

@@ -10,9 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
+from jaxformers.kernels.lazy import pl, pltpu
 from jaxformers.kernels.retention_gpu import time_gradients
 from jaxformers.kernels.tiles import dot
 
