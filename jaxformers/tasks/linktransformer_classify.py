@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,30 +66,37 @@ def classify_rows(
 def transform_rows(
     df: DataFrame,
     on: Columns | None = None,
-    model: Callable[[list[str]], Sequence[str]] | None = None,
+    model: Any = None,
     batch_size: int = 50,
     output_column: str | None = None,
+    max_new_tokens: int = 64,
 ) -> DataFrame:
-    """df without the rows that hold a null in `on`, with `transformed_<on>`: model(texts), `batch_size` at a time.
+    """df without the rows that hold a null in `on`, with `transformed_<on>`: what `model` makes of each text.
 
-    `model` is any function from a list of texts to as many texts; the values of several columns are joined by a blank
-    (and the names by "-" in the new column's name). Local sequence-to-sequence models come with a later architecture;
-    until then a path raises NotImplementedError.
+    `model` is any function from a list of texts to as many texts, called with `batch_size` at a time, or a
+    sequence-to-sequence model (T5, say): a directory, a hub id or a loaded one, which answers greedily with at most
+    `max_new_tokens` tokens, each distinct text once. The values of several columns are joined by a blank (and the names
+    by "-" in the new column's name).
+
+    Raises ValueError when `model` is neither, has no sequence-to-sequence head, or gives another number of texts.
     """
     on = on_columns(df, on)
     columns = as_columns("on", on)
     name = output_column or f"transformed_{'-'.join(map(str, columns))}"
     check_new_column(df, name)
-    if isinstance(model, str):
-        raise NotImplementedError(
-            "model: no sequence-to-sequence model can be loaded yet; pass a function texts -> texts"
-        )
-    if not callable(model):
-        raise ValueError(f"model must be a function from texts to as many texts, got {type(model).__name__}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     kept = df.dropna(subset=columns)
     texts = row_texts(kept, columns, " ")
+    if isinstance(model, str | Path) or is_module(model):
+        distinct, inverse = unique_texts(texts)
+        answers = _answers(model, distinct, batch_size, max_new_tokens)
+        return kept.assign(**{name: np.array([answers[i] for i in inverse], object)})
+    if not callable(model):
+        raise ValueError(
+            "model must be a function from texts to as many texts, or a sequence-to-sequence model, got "
+            f"{type(model).__name__}"
+        )
     out: list[str] = []
     for start in range(0, len(texts), batch_size):
         part = texts[start : start + batch_size]
@@ -98,6 +105,16 @@ def transform_rows(
             raise ValueError(f"model returned {len(answer)} texts for {len(part)}")
         out += answer
     return kept.assign(**{name: np.array(out, object)})
+
+
+def _answers(model: Any, texts: list[str], batch_size: int, max_new_tokens: int) -> list[str]:
+    from jaxformers.generation import generate
+    from jaxformers.hub import load
+
+    model = model if is_module(model) else load(model)
+    if model.head_name != "seq2seq_lm":
+        raise ValueError(f"model: head {model.head_name!r} writes no text; expected a sequence-to-sequence model")
+    return generate(model, texts, max_new_tokens=max_new_tokens, batch_size=batch_size) if texts else []
 
 
 def train_clf_model(

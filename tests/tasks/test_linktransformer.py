@@ -3,11 +3,14 @@
 import json
 import logging
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import jaxformers as jf
+from jaxformers.data.tokenizers import train_bpe
 from jaxformers.tasks import linktransformer as lt
 
 pd = pytest.importorskip("pandas")
@@ -321,8 +324,22 @@ def test_transform_rows():
     assert got["both"].tolist() == ["a 1", "b 3"]
     with pytest.raises(ValueError, match="returned 1 texts for 2"):
         lt.transform_rows(df, "t", lambda texts: texts[:1])
-    with pytest.raises(NotImplementedError, match="sequence-to-sequence"):
-        lt.transform_rows(df, "t", "t5-small")
+    with pytest.raises(ValueError, match="or a sequence-to-sequence model, got int"):
+        lt.transform_rows(df, "t", 3)
+
+
+def test_transform_rows_by_a_sequence_to_sequence_model(tmp_path):
+    texts = ["one two", None, "two three", "one two"]
+    tokenizer = train_bpe([text for text in texts if text], vocab_size=270)
+    t5 = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    config = {**t5, "vocab_size": tokenizer.vocab_size, "decoder_start_token_id": 0}
+    model = jf.init(config, head="seq2seq_lm", key=jax.random.key(0))
+    jf.save(model, tmp_path / "t5", tokenizer=tokenizer)
+    found = lt.transform_rows(pd.DataFrame({"t": texts}), "t", tmp_path / "t5", batch_size=2, max_new_tokens=5)
+    alone = jf.generate(jf.load(tmp_path / "t5"), ["one two", "two three"], max_new_tokens=5)
+    assert found["transformed_t"].tolist() == [alone[0], alone[1], alone[0]]
+    with pytest.raises(ValueError, match="writes no text"):
+        lt.transform_rows(pd.DataFrame({"t": texts}), "t", jf.load(tmp_path / "t5", head="none"))
 
 
 def test_a_directory_without_a_model(tmp_path):
