@@ -6,6 +6,7 @@ Query i stands at slot i + start, key j at slot j. A key is seen when it lies in
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,9 +124,13 @@ def dot(a, b, *, trans_a: bool = False, trans_b: bool = False, precision=None):
 
 def platform() -> str:
     """The platform that is compiled for: that of the mesh in use (dry runs name a foreign one), or JAX's default."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    found = getattr(device, "platform", None) or jax.default_backend()
+    found = device().platform
     return "gpu" if found in ("cuda", "rocm") else found
+
+
+def device() -> Any:
+    """The device that is compiled for: the one that the mesh in use names (dry runs, tests), or JAX's first."""
+    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or jax.devices()[0]
 
 
 def partitioned() -> bool:
