@@ -1,5 +1,6 @@
 """Malformed checkpoints: each is refused by name, within a second, in little memory, and runs no code."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from jaxformers.safetensors_io import CheckpointError, open_checkpoint, read_jso
 @pytest.mark.parametrize("case", CORPUS)
 def test_is_refused_by_name_within_a_second(tmp_path, case):
     directory = spoilt(tmp_path / "c", case)
-    start = time.process_time()
+    gc.collect()  # what other tests left behind is not to be collected on this one's time
+    start = time.thread_time()
     with pytest.raises(CheckpointError, match=CORPUS[case][2]) as caught:
         open_checkpoint(directory)
-    assert time.process_time() - start < 1
+    assert time.thread_time() - start < 1
     assert str(directory) in str(caught.value) and len(str(caught.value)) < 1500 and str(caught.value).isprintable()
     assert not (directory / "sprung").exists()  # nothing was unpickled
 

@@ -19,7 +19,8 @@ def test_hugging_face_reads_what_is_written_here(name, oracles, tmp_path):
     model, report = cls.from_pretrained(tmp_path / "x", attn_implementation="eager", output_loading_info=True)
     untied = name.endswith(("mlm-untied", "roberta-decoder"))
     unread = {"cls.predictions.bias", "lm_head.bias"} if untied else set()  # a bias without use
-    assert set(report["missing_keys"]) <= unread and not report["unexpected_keys"] and not report["mismatched_keys"]
+    lost = {key for key in report["missing_keys"] if not key.endswith("inv_freq")}  # computed, no weight
+    assert lost <= unread and not report["unexpected_keys"] and not report["mismatched_keys"]
     expected = read(folder)
     found = freeze.run(model.eval(), batch_of(expected))
     real = expected.get("decoder_attention_mask", expected["attention_mask"]) == 1
