@@ -116,7 +116,7 @@ def llava() -> Case:
         vocab_size=32064, hidden_size=512, intermediate_size=1376, num_hidden_layers=6, num_attention_heads=8,
         max_position_embeddings=1024, initializer_range=0.06, eos_token_id=None, bos_token_id=None, pad_token_id=0,
     )  # fmt: skip
-    config = tf.LlavaConfig(vision, text, image_token_id=32000, image_token_index=32000, image_seq_length=196)
+    config = tf.LlavaConfig(vision_config=vision, text_config=text, image_token_id=32000, image_seq_length=196)
     tokens = np.concatenate([np.full((2, 196), 32000), ids(2, 28)], axis=1)
     batch = {"input_ids": tokens, "pixel_values": pixels(2, 224)}
     labels = np.concatenate([np.full((2, 196), -100), tokens[:, 197:], np.full((2, 1), -100)], axis=1)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxformers import nn
 from jaxformers.nn import linear
+from jaxformers.nn.keys import Keys
 
 X = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
 
@@ -109,3 +110,18 @@ def test_the_bias_of_a_vocabulary():
     assert np.abs(found - weight.sum((0, 1))).max() < 1e-5
     assert linear.add_bias(y.astype(jnp.bfloat16), bias).dtype == jnp.bfloat16
     assert jax.vmap(linear.add_bias, (0, None))(y, bias).shape == y.shape
+
+
+@pytest.mark.parametrize(("size", "padding"), [((3, 3), (1, 1)), ((2, 5), (0, 2)), ((4,), (2,))])
+def test_one_filter_a_channel(size, padding):
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal((2, *range(6, 6 + len(size)), 8)), jnp.float32)
+    conv = nn.Conv(8, 8, size, padding=padding, groups=8, bias=False, rngs=Keys(0))
+    kernel = conv.kernel.get_value()
+    axes = "HW"[: len(size)]
+    names = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
+    ones, around = (1,) * len(size), [(p, p) for p in padding]
+    expected = jax.lax.conv_general_dilated(
+        x, kernel, ones, around, dimension_numbers=names, feature_group_count=8
+    )
+    assert np.abs(conv(x) - expected).max() < 1e-6
