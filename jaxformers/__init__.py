@@ -12,11 +12,12 @@ from jaxformers import _platform  # noqa: F401  (sets what libtpu reads before J
 __version__ = "0.1.0"
 
 # Imported at once, since each shares its name with its module; the rest waits until it is asked for.
+from jaxformers.cost import cost  # noqa: E402
 from jaxformers.functional import functional, with_params  # noqa: E402
 from jaxformers.mesh import mesh  # noqa: E402
 
 _VERBS = {
-    "load": "hub", "save": "hub", "init": "hub", "info": "describe", "Output": "nn.output",
+    "load": "hub", "save": "hub", "init": "hub", "info": "describe", "latency": "cost", "Output": "nn.output",
     "reap": "sites", "edit": "sites", "site": "sites",
     "load_tokenizer": "data.tokenizers", "generate": "generation", "embed": "embedding",
     "load_feature_extractor": "data.features", "load_image_processor": "data.images",
@@ -27,7 +28,7 @@ _PACKAGES = (
     "train", "weights",
 )  # fmt: skip
 
-__all__ = ["functional", "mesh", "with_params", *_VERBS, *_PACKAGES]  # noqa: PLE0604
+__all__ = ["cost", "functional", "mesh", "with_params", *_VERBS, *_PACKAGES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

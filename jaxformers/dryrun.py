@@ -251,7 +251,7 @@ def compiled(step: Step, topology: str, mesh_text: str, devices: int, dump: str)
     """Compile ``step`` in this process. ``dump``: the directory that XLA writes its programs to."""
     import jax
 
-    from jaxformers.train.flops import count_flops
+    from jaxformers.cost import count_flops
 
     chip = chip_of(topology)
     report = Report(step.name, topology, mesh_text, devices, chip.memory, None)

@@ -1,7 +1,4 @@
-"""Matrix-multiplication FLOPs of a traced function, and what chips can do at most."""
-
-import math
-from typing import Any
+"""What chips can do at most: the denominator of a model's FLOPs utilisation (its numerator: `jaxformers.cost`)."""
 
 import jax
 
@@ -39,30 +36,3 @@ def peak_flops(device: jax.Device | None = None) -> float | None:
     kind = (device or jax.devices()[0]).device_kind.lower()
     known = [name for name in PEAK if kind == name or kind.startswith((name + " ", name + "-"))]
     return PEAK[max(known, key=len)] if known else None
-
-
-def count_flops(jaxpr: Any) -> float:
-    """FLOPs of the dot products and convolutions in a (closed) jaxpr, scans multiplied by their length.
-
-    Two per multiply-add, before sharding: all devices together. The bodies of a ``while`` with unknown trip count
-    count once, of a ``cond`` its dearest branch; Pallas kernels as much as their cost estimate says.
-    """
-    total = 0.0
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        name, params = eqn.primitive.name, eqn.params
-        if name == "dot_general":
-            (contract, _), _ = params["dimension_numbers"]
-            depth = math.prod(eqn.invars[0].aval.shape[d] for d in contract)
-            total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * depth
-        elif name == "conv_general_dilated":
-            kernel, numbers = eqn.invars[1].aval.shape, params["dimension_numbers"]
-            per_output = math.prod(kernel) / kernel[numbers.rhs_spec[0]]
-            total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * per_output
-        elif name == "pallas_call":
-            total += getattr(params.get("cost_estimate"), "flops", 0) or 0
-        elif name == "cond":
-            total += max(count_flops(branch) for branch in params["branches"])
-        else:
-            inner = sum(count_flops(v) for v in params.values() if hasattr(getattr(v, "jaxpr", v), "eqns"))
-            total += inner * (params["length"] if name == "scan" else 1)
-    return total

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxformers.train.flops import count_flops
+from jaxformers.cost import count_flops
 from jaxformers.train.state import Flat, State
 
 Join = Callable[[Mapping, Mapping], Any]

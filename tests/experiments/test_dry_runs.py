@@ -12,7 +12,7 @@ import pytest
 import jaxformers as jf
 from experiments import common
 from jaxformers import dryrun
-from jaxformers.train.flops import count_flops
+from jaxformers.cost import count_flops
 
 eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")
 # parameters of the step in millions; matrix products in TFLOPs, from 6 · parameters · tokens and what is run besides
