@@ -192,7 +192,7 @@ def step(config: Config, mesh: Any) -> Any:
     """For dry runs, what quantising one block of `model` compiles to: the Hessians of a batch of 8 calibration
     sequences, and the solution of all layers. Every device does the whole of it: GPTQ is not spread over a mesh."""
     from jaxformers import sites, surgery
-    from jaxformers.compress import block, columns, hessian
+    from jaxformers.compress import calibration, columns, hessian
     from jaxformers.compress.grids import Grid
     from jaxformers.dryrun import Step
     from jaxformers.dryrun_steps import Array, config_dict, replicated, size
@@ -209,7 +209,7 @@ def step(config: Config, mesh: Any) -> Any:
         return state
 
     def quantised(state: Any, x: jax.Array) -> Any:
-        linears = block.linears_of(nnx.merge(kept[0], state))
+        linears = calibration.linears_of(nnx.merge(kept[0], state))
         run = lambda: nnx.merge(kept[0], state)(x, mask=jf.nn.Mask(causal=True))
         _, seen = sites.reap(run, "**.input")()
         found = {}

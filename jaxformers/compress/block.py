@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxformers import sites, surgery, weights
 from jaxformers.compress import columns, hessian
+from jaxformers.compress.calibration import Batch, collect, linears_of, shared_inputs, unwrap
 from jaxformers.compress.grids import BITS, Grid
 from jaxformers.weights.packed import FORMATS, PackedWeight, pack_codes
 from jaxformers.weights.ternary import TernaryWeight
@@ -25,8 +24,6 @@ from jaxformers.weights.words import n_words
 
 log = logging.getLogger(__name__)
 METHODS = ("gptq", "rtn", "ternary")
-# (input (B, L, D), what else the block is given, attention mask (B, L) or None): one step of calibration, on the host
-Batch = tuple[np.ndarray, Any, np.ndarray | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,42 +87,6 @@ class LayerReport:
     damp: float
     seconds: float
     note: str = ""
-
-
-def _output(graph: Any, state: Any, x: jax.Array, context: dict[str, Any]) -> jax.Array:
-    return nnx.merge(graph, state)(x, **context)[0]
-
-
-forward = jax.jit(_output, static_argnums=0)  # (graph, state) of a block, its input and context -> its output
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=6)
-def _add_grams(graph: Any, names: tuple[str, ...], state: Any, x: Any, context: Any, mask: Any, Hs: Any, seen: Any):
-    """Add one batch to the Hessians of the linears ``names``."""
-    _, inputs = sites.reap(lambda: _output(graph, state, x, context), [f"{name}.input" for name in names])()
-    out = []
-    for name, H in zip(names, Hs, strict=True):
-        value = inputs[f"{name}.input"]
-        own = mask if mask is not None and value.shape[:2] == mask.shape else None
-        out.append(hessian.accumulate(H, seen, value, own)[0])
-    return tuple(out)
-
-
-def shared_inputs(block: nnx.Module, x: Any, context: Any, names: list[str]) -> list[tuple[str, ...]]:
-    """The linears ``names`` grouped by the input they share, in the order in which data reach them."""
-    graph, state = nnx.split(block)
-    groups: dict[int, list[str]] = {}
-
-    def trace(state: Any, x: jax.Array, context: Any) -> None:
-        _, seen = sites.reap(lambda: _output(graph, state, x, context), "**.input")()
-        held = list(seen.values())  # alive, so that an id stays its own
-        for site, value in seen.items():
-            if site.removesuffix(".input") in names:
-                groups.setdefault(id(value), []).append(site.removesuffix(".input"))
-        del held
-
-    jax.eval_shape(trace, state, x, context)
-    return [tuple(group) for group in groups.values()]
 
 
 @jax.jit
@@ -202,24 +163,6 @@ def unpackable(shape: tuple[int, ...], bits: int) -> str:
     return ""
 
 
-def linears_of(block: nnx.Module) -> dict[str, Any]:
-    """{path within the block: module} of everything with a two-dimensional kernel."""
-    found = surgery.find_linears(block, "**")
-    return {path: module for path, module in found if len(module.kernel.get_value().shape) == 2}
-
-
-def unwrap(kernel: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
-    """(plain kernel, mask or None, how to put a quantised one in its place): a mask is absorbed, LoRA stays on top."""
-    if isinstance(kernel, weights.LowRank):
-        base, mask, rebuild = unwrap(kernel.base)
-        return base, mask, lambda new: dataclasses.replace(kernel, base=rebuild(new))
-    if isinstance(kernel, weights.Masked) and not weights.is_typed(kernel.base):
-        return kernel.base, kernel.mask, lambda new: new
-    if weights.is_typed(kernel):
-        raise ValueError(f"already quantised: its weights are {type(kernel).__name__}")
-    return kernel, None, lambda new: new
-
-
 def quantize_block(
     block: nnx.Module, batches: list[Batch] | None, settings: Settings, path: str
 ) -> tuple[dict[str, Any], list[LayerReport]]:
@@ -250,23 +193,10 @@ def quantize_block(
             raise ValueError(f"{path}.{name}: the block's forward pass never used this layer")
         finish(name, None)
     for stage in [[group] for group in groups] if settings.true_sequential else [groups]:
-        Hs = _hessians(block, batches, stage, linears) if stage else ()
+        Hs = collect(block, batches, stage, hessian.accumulate, 2) if stage else ()
         for group, H in zip(stage, Hs, strict=True):
             for name in group:
                 finish(name, H)
         for name in done:
             linears[name].kernel.set_value(done[name])
     return done, reports
-
-
-def _hessians(
-    block: nnx.Module, batches: list[Batch], stage: list[tuple[str, ...]], linears: Any
-) -> tuple[jax.Array, ...]:
-    graph, state = nnx.split(block)
-    names = tuple(group[0] for group in stage)
-    sizes = [linears[name].kernel.get_value().shape[0] for name in names]
-    Hs, seen = tuple(jnp.zeros((n, n), jnp.float32) for n in sizes), 0
-    for x, context, mask in batches:
-        Hs = _add_grams(graph, names, state, x, context, mask, Hs, jnp.float32(seen))
-        seen += len(x)
-    return Hs

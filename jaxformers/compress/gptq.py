@@ -35,6 +35,7 @@ from rich.table import Table
 
 from jaxformers import hub, surgery, weights
 from jaxformers.compress.block import LayerReport, Settings
+from jaxformers.compress.calibration import checked_calibration
 from jaxformers.compress.sweep import sweep
 from jaxformers.data import text
 from jaxformers.models.keymap import all_keys, lookup, prefix_of
@@ -125,7 +126,11 @@ def _quantized(
 ) -> nnx.Module:
     if not hasattr(model, "layers"):
         raise ValueError(f"model: {type(model).__name__} has no stack of blocks called layers")
-    batch = _calibration_batch(model, calibration, settings, batch_size)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be positive")
+    if calibration is None and settings.method != "rtn":
+        raise ValueError(f"calibration: method={settings.method!r} needs token ids (samples, length)")
+    batch = None if calibration is None else checked_calibration(model, calibration)
     new = sweep(
         model,
         batch,
@@ -136,33 +141,6 @@ def _quantized(
         on_layer=report.append,
     )
     return _recorded(new, settings, batch, report)
-
-
-def _calibration_batch(
-    model: nnx.Module, calibration: Any, settings: Settings, batch_size: int
-) -> dict[str, np.ndarray] | None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: must be positive")
-    if calibration is None:
-        if settings.method != "rtn":
-            raise ValueError(f"calibration: method={settings.method!r} needs token ids (samples, length)")
-        return None
-    batch = dict(calibration) if isinstance(calibration, Mapping) else {"input_ids": calibration}
-    batch = {name: np.asarray(array) for name, array in batch.items()}
-    ids = batch.get("input_ids")
-    if ids is None or ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
-        found = "nothing" if ids is None else f"{ids.dtype} {ids.shape}"
-        raise ValueError(f"calibration: expected integer token ids (samples, length), got {found}")
-    for name, array in batch.items():
-        if len(array) != len(ids):
-            raise ValueError(f"calibration: {name} has {len(array)} samples, input_ids has {len(ids)}")
-    rows = model.embeddings.token.embedding.get_value().shape[0]
-    if ids.min() < 0 or ids.max() >= rows:
-        raise ValueError(
-            f"calibration: token ids from {ids.min()} to {ids.max()}, but the model's vocabulary has {rows}; "
-            "was it made with another tokenizer?"
-        )
-    return {name: array.astype(np.int32) if array.dtype.kind in "iu" else array for name, array in batch.items()}
 
 
 def _recorded(

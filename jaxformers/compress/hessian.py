@@ -31,6 +31,18 @@ def accumulate(
     return H * (seen / total) + gram * (2 / total), total
 
 
+def accumulate_norms(
+    norms: Float[Array, " in"], seen: Array | int, x: Float[Array, "*batch in"], mask: Array | None = None
+) -> tuple[Array, Array]:
+    """The same for the squared norms of the columns, mean over samples of ‖X_j‖² (Wanda): half the diagonal of H."""
+    new = x.shape[0] if x.ndim > 2 else 1
+    x = x.astype(jnp.float32)
+    if mask is not None:
+        x = jnp.where(mask[..., None] != 0, x, 0.0)
+    total = seen + new
+    return norms * (seen / total) + jnp.sum(x.reshape(-1, x.shape[-1]) ** 2, axis=0) / total, total
+
+
 def inverse_factor(H: Float[Array, "in in"]) -> Float[Array, "in in"]:
     """The upper triangular U with `inv(H) = Uᵀ U`; not finite where `H` is not positive definite.
 

@@ -18,43 +18,13 @@ import numpy as np
 from flax import nnx
 
 from jaxformers import atomic, surgery, weights
-from jaxformers.compress.block import Batch, LayerReport, Settings, forward, linears_of, quantize_block, unwrap
+from jaxformers.compress.block import LayerReport, Settings, quantize_block
+from jaxformers.compress.calibration import Batch, first_inputs, linears_of, through_blocks, unwrap
 from jaxformers.safetensors_io import SafetensorsFile
 from jaxformers.weights.packed import from_gptq
 from jaxformers.weights.ternary import TernaryWeight
 
 log = logging.getLogger(__name__)
-
-
-def first_inputs(model: nnx.Module, calibration: Mapping[str, np.ndarray], batch_size: int) -> list[Batch]:
-    """The inputs of block 0: the embeddings are run, the blocks and the head are not."""
-    model = surgery.copy(model)
-    model.layers = nnx.data(_Recorder())
-    graph, state = nnx.split(model)
-
-    @jax.jit
-    def embed(state: Any, batch: Mapping[str, jax.Array]) -> Any:
-        model = nnx.merge(graph, state)
-        model(**batch)
-        return model.layers.seen[0]
-
-    items = []
-    for start in range(0, len(calibration["input_ids"]), batch_size):
-        batch = {name: array[start : start + batch_size] for name, array in calibration.items()}
-        x, context = embed(state, batch)
-        items.append((np.asarray(x), jax.tree.map(np.asarray, context), batch.get("attention_mask")))
-    return items
-
-
-class _Recorder(nnx.Module):
-    """Stands for the blocks of a model: notes what they would be given."""
-
-    def __init__(self):
-        self.path, self.seen = "", nnx.static(None)
-
-    def __call__(self, x: jax.Array, *, cache: Any = None, key: Any = None, **context: Any) -> tuple[jax.Array, None]:
-        self.seen = nnx.static([(x, context)])
-        return x, None
 
 
 def sweep(
@@ -78,24 +48,23 @@ def sweep(
             unwrap(linear.kernel.get_value())
         except ValueError as error:
             raise ValueError(f"model: layers.{path} is {error}; dequantize it first") from None
-    new = surgery.copy(model)
     batches = None if calibration is None else first_inputs(model, calibration, batch_size)
     key = "" if work is None else _fingerprint(json.dumps(dataclasses.asdict(settings)), calibration)
-    for i in range(len(new.layers)):
-        path, target = f"layers.{i}", new.layers[i]
-        block = surgery.named(nnx.clone(target))  # paths within the block: equal blocks share their compiled code
-        graph, state = nnx.split(block)
-        block = surgery.named(nnx.merge(graph, jax.tree.map(jnp.asarray, state)))
+
+    def change(i: int, block: nnx.Module, batches: list[Batch] | None) -> dict[str, Any]:
+        """Quantise block i, or read what an earlier call has made of it."""
+        nonlocal key
         file = None if work is None else work / f"block-{i:05d}.safetensors"
+        found, places = None, linears_of(model.layers[i])
         if file is not None:
-            key = _fingerprint(key, nnx.to_pure_dict(state))
-        found = None if file is None else _read_block(file, key, settings, linears_of(block))
+            key = _fingerprint(key, nnx.to_pure_dict(nnx.state(block)))
+            found = _read_block(file, key, settings, places)
         if found is None:
-            done, reports = quantize_block(block, batches, settings, path)
+            done, reports = quantize_block(block, batches, settings, f"layers.{i}")
             if file is not None:
                 _write_block(file, key, done, reports)
-                if keep_on_disk:
-                    done, _ = _read_block(file, key, settings, linears_of(target))
+            if keep_on_disk:
+                done, _ = _read_block(file, key, settings, places)
         else:
             done, reports = found
             for name, module in linears_of(block).items():
@@ -103,15 +72,11 @@ def sweep(
                     module.kernel.set_value(jax.tree.map(jnp.asarray, done[name]))
             if not keep_on_disk:
                 done = {name: jax.tree.map(jnp.asarray, kernel) for name, kernel in done.items()}
-        for name, module in linears_of(target).items():
-            if name in done:
-                module.kernel.set_value(done[name])
         for report in reports:
             on_layer(report)
-        if batches is not None and i + 1 < len(new.layers):
-            graph, state = nnx.split(block)
-            batches = [(np.asarray(forward(graph, state, x, context)), context, mask) for x, context, mask in batches]
-    return surgery.named(new)
+        return done
+
+    return through_blocks(model, batches, change)
 
 
 def _fingerprint(before: str, tree: Any) -> str:
