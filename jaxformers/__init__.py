@@ -24,8 +24,8 @@ _VERBS = {
     "fit": "train", "TrainConfig": "train",
 }  # fmt: skip
 _PACKAGES = (
-    "compress", "data", "image_losses", "losses", "metrics", "models", "nn", "paths", "pretrain", "surgery", "tasks",
-    "train", "weights",
+    "compress", "data", "image_losses", "losses", "metrics", "models", "nn", "paths", "pretrain", "residual", "surgery",
+    "tasks", "train", "weights",
 )  # fmt: skip
 
 __all__ = ["cost", "functional", "mesh", "with_params", *_VERBS, *_PACKAGES]  # noqa: PLE0604

@@ -45,10 +45,11 @@ def find_linears(model: nnx.Module, patterns: paths.Patterns) -> list[tuple[str,
                 f"targets {paths.as_tuple(patterns)}: {path} has a kernel of shape {tuple(shape)}, no matrix (it is a "
                 "convolution, or the experts of a mixture); leave it out"
             )
-    return sorted(hits, key=lambda hit: _natural(hit[0]))
+    return sorted(hits, key=lambda hit: natural(hit[0]))
 
 
-def _natural(path: str) -> tuple:
+def natural(path: str) -> tuple:
+    """A key that sorts dotted paths with numbers in them as numbers."""
     return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split("."))
 
 
