@@ -39,7 +39,7 @@ def perplexity(model: nnx.Module, ids: Sequence[int] | np.ndarray, length: int, 
     windows = ids.astype(np.int32) if ids.ndim == 2 else text.windows(ids, length)
     if windows.shape[1] != length or not len(windows):
         raise ValueError(f"ids: expected windows of length={length}, got shape {windows.shape}")
-    rows = model.embeddings.token.embedding.get_value().shape[0]
+    rows = model.config.vocab_size
     if windows.min() < 0 or windows.max() >= rows:
         raise ValueError(f"ids: token ids from {windows.min()} to {windows.max()}, but the vocabulary has {rows}")
     apply, params = functional(model)

@@ -49,7 +49,7 @@ def sweep(
         except ValueError as error:
             raise ValueError(f"model: layers.{path} is {error}; dequantize it first") from None
     batches = None if calibration is None else first_inputs(model, calibration, batch_size)
-    key = "" if work is None else _fingerprint(json.dumps(dataclasses.asdict(settings)), calibration)
+    key = "" if work is None else fingerprint(json.dumps(dataclasses.asdict(settings)), calibration)
 
     def change(i: int, block: nnx.Module, batches: list[Batch] | None) -> dict[str, Any]:
         """Quantise block i, or read what an earlier call has made of it."""
@@ -57,7 +57,7 @@ def sweep(
         file = None if work is None else work / f"block-{i:05d}.safetensors"
         found, places = None, linears_of(model.layers[i])
         if file is not None:
-            key = _fingerprint(key, nnx.to_pure_dict(nnx.state(block)))
+            key = fingerprint(key, nnx.to_pure_dict(nnx.state(block)))
             found = _read_block(file, key, settings, places)
         if found is None:
             done, reports = quantize_block(block, batches, settings, f"layers.{i}")
@@ -79,7 +79,7 @@ def sweep(
     return through_blocks(model, batches, change)
 
 
-def _fingerprint(before: str, tree: Any) -> str:
+def fingerprint(before: str, tree: Any) -> str:
     """A checksum of all arrays of ``tree``, chained to ``before``."""
     crc = zlib.crc32(before.encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

@@ -6,12 +6,14 @@ QLoRA.
 """
 
 from jaxformers.weights.base import Weight, dense, from_tensors, is_typed, matmul, to_tensors
+from jaxformers.weights.grafted import Grafted
 from jaxformers.weights.lowrank import LowRank, add_lora, merge_lora
 from jaxformers.weights.masked import Masked
 from jaxformers.weights.packed import PackedWeight
 from jaxformers.weights.ternary import TernaryWeight
 
 __all__ = [
+    "Grafted",
     "LowRank",
     "Masked",
     "PackedWeight",
