@@ -1,5 +1,16 @@
-"""Making models smaller: quantisation and distillation. Each system is a module; its verb is a function here."""
+"""Making models smaller: quantisation, distillation, fewer layers. Each system is a module; its verbs are here."""
 
+from jaxformers.compress.depth import block_influence, macro_influence, remove_layers
+from jaxformers.compress.fusegpt import FuseConfig, fuse_layers
 from jaxformers.compress.gptq import dequantize, gptq, quantize_checkpoint  # gptq: the function, not the module
 
-__all__ = ["dequantize", "gptq", "quantize_checkpoint"]
+__all__ = [
+    "FuseConfig",
+    "block_influence",
+    "dequantize",
+    "fuse_layers",
+    "gptq",
+    "macro_influence",
+    "quantize_checkpoint",
+    "remove_layers",
+]

@@ -1,4 +1,4 @@
-"""Grafted weights: values, the gradients of the paper, one rounding, checkpoint tensors, what training takes of them."""
+"""Grafted weights: values, the gradients of the paper, one rounding, checkpoint tensors, what is trained of them."""
 
 import jax
 import jax.numpy as jnp
