@@ -22,6 +22,7 @@ a pruning layer behind them form their attention probabilities, and where a kern
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxformers import hub, nn, surgery
-from jaxformers.compress.zero_tprune_graph import Options, Stage, choose, kept_patches, observed
+from jaxformers.compress.zero_tprune_graph import Counts, Options, Stage, choose, kept_patches, observed
 
 DEIT_S = (
     Stage(1, 10, 1.0, 30),
@@ -78,28 +79,27 @@ def pruner(model: nnx.Module) -> tuple[Callable[..., Pruned], dict[str, Any]]:
         model = nnx.merge(graph, params)
         patches = patch_count(model, images.shape)
         plan = check_schedule(schedule, len(model.layers), patches, options, key)
-        kept, scores, alive = {}, {}, []
+        kept, scores = {}, {}
+        left: dict[str, Any] = {}  # what is still there, as blocks run one after the other
 
-        def prune(i: int, block: nnx.Module, x: jax.Array) -> jax.Array:
-            if not alive:
-                alive.append(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
-            stage = plan.get(i + 1)
-            if stage is None:
+        def run(i: int, block: nnx.Module, x: jax.Array) -> jax.Array:
+            if i == 0:
+                left["specials"] = special_tokens(model, x.shape[1], patches)
+                left["tokens"] = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+            if i + 1 not in plan:
                 return block(x)[0]
-            specials = x.shape[1] - patches_left[0]
-            x, graph_ = observed(block, x, options)
-            own = None if key is None else jax.random.fold_in(key, i)
-            keep, score = choose(graph_, specials, stage, options, own)
-            patches_left[0] = kept_patches(stage, patches_left[0])
-            index = jnp.argsort(~keep, axis=1, stable=True)[:, : specials + patches_left[0]]
+            specials, own = left["specials"], None if key is None else jax.random.fold_in(key, i)
+            counts = Counts.of(plan[i + 1], x.shape[1] - specials)
+            x, graph_seen = observed(block, x, options)
+            keep, score = choose(graph_seen, specials, counts, options, own)
+            index = jnp.argsort(~keep, axis=1, stable=True)[:, : specials + counts.keep]
             kept[i + 1], scores[i + 1] = index, jnp.take_along_axis(score, index, 1)
-            alive.append(jnp.take_along_axis(alive[-1], index, 1))
+            left["tokens"] = jnp.take_along_axis(left["tokens"], index, 1)
             return jnp.take_along_axis(x, index[..., None], 1)
 
-        patches_left = [patches]
-        model.layers = _Stack(model.layers, prune)
+        model.layers = Stack(model.layers, run)
         output = model(pixel_values=images)
-        return Pruned(output, kept, scores, alive[-1])
+        return Pruned(output, kept, scores, left["tokens"])
 
     return apply, nnx.to_pure_dict(state)
 
@@ -124,7 +124,7 @@ def prune(
 # ---- around the blocks -----------------------------------------------------------------------------------------------
 
 
-class _Stack(nnx.Module):
+class Stack(nnx.Module):
     """Blocks that ``run(index, block, x)`` runs one after the other, in place of a model's `Layers`."""
 
     def __init__(self, layers: nn.Layers, run: Callable):
@@ -140,11 +140,8 @@ def check_model(model: nnx.Module) -> None:
     """Raise ValueError for a model whose tokens cannot be pruned."""
     what = f"model: {type(model).__name__}"
     embeddings, layers = getattr(model, "embeddings", None), getattr(model, "layers", None)
-    if (
-        not isinstance(embeddings, nn.ImageEmbeddings)
-        or embeddings.cls_token is None
-        or not isinstance(layers, nn.Layers)
-    ):
+    tokens = isinstance(embeddings, nn.ImageEmbeddings) and embeddings.cls_token is not None
+    if not tokens or not isinstance(layers, nn.Layers) or "pixel_values" not in reads(model):
         raise ValueError(
             f"{what} is no ViT with a class token and one stack of blocks; Zero-TPrune is for ViT, DeiT, DINOv2"
         )
@@ -158,6 +155,10 @@ def check_model(model: nnx.Module) -> None:
             )
         if not block.prenorm or getattr(block.mlp, "spatial", False):
             raise ValueError(f"{what}: {block.path} is no pre-norm block of attention and MLP")
+
+
+def reads(model: nnx.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(type(model).__call__).parameters)
 
 
 def check_schedule(
@@ -182,6 +183,13 @@ def check_schedule(
     if plan and key is None and (options.method == "random" or options.partition == "random"):
         raise ValueError("key: random choices need a PRNG key")
     return plan
+
+
+def special_tokens(model: nnx.Module, length: int, patches: int) -> int:
+    """How many tokens stand before the ``patches`` in a sequence of ``length``. Raises ValueError when that is none."""
+    if length <= patches:
+        raise ValueError(f"model: {type(model).__name__} runs {length} tokens of {patches} patches; some are masked")
+    return length - patches
 
 
 def patch_count(model: nnx.Module, shape: tuple[int, ...]) -> int:

@@ -82,6 +82,7 @@ class Options:
             raise ValueError("graph: the class token's attention is a row of the matrix; column sums do not give it")
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Graph:
     """What a pruning layer sees of its block: ``features`` (B, N, d) to compare, ``alive`` (B, N) tokens that are
@@ -92,39 +93,53 @@ class Graph:
     matrix: Float[Array, "batch heads tokens tokens"] | None = None
     query: Float[Array, "batch tokens heads size"] | None = None
     key: Float[Array, "batch tokens heads size"] | None = None
-    scale: float | None = None
+    scale: float | None = dataclasses.field(metadata={"static": True}, default=None)
     alive: Bool[Array, "batch tokens"] | None = None
 
 
-def choose(
-    graph: Graph, specials: int, stage: Stage, options: Options, key: jax.Array | None = None
-) -> tuple[Bool[Array, "batch tokens"], Float[Array, "batch tokens"]]:
-    """``(keep, score)``: which tokens a pruning layer keeps, and the scores of its last stage.
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """A stage in numbers of image tokens: ``patches`` come in, ``remove`` go by similarity, ``keep`` are left, by
+    ``votes`` votes. Integers, or traced ones: a search then compiles once."""
 
-    The numbers in ``stage`` may be traced (a search then compiles once), as long as ``graph.alive`` is given.
-    """
+    patches: Any
+    remove: Any
+    keep: Any
+    votes: Any
+
+    @classmethod
+    def of(cls, stage: Stage, patches: int) -> "Counts":
+        return cls(patches, stage.remove, kept_patches(stage, patches), stage.votes)
+
+
+def choose(
+    graph: Graph, specials: int, counts: Counts, options: Options, key: jax.Array | None = None
+) -> tuple[Bool[Array, "batch tokens"], Float[Array, "batch tokens"]]:
+    """``(keep, score)``: which tokens a pruning layer keeps, and the scores of its last stage."""
     batch, length = graph.features.shape[:2]
     alive = jnp.ones((batch, length), bool) if graph.alive is None else graph.alive
-    patches = length - specials if graph.alive is None else alive[0, specials:].sum()  # as many in every image
     image = alive & (jnp.arange(length) >= specials)
-    k = kept_patches(stage, patches)
-    if options.method in ("random", "cls_attention"):
-        by_chance = options.method == "random"
-        score = jax.random.uniform(key, alive.shape) if by_chance else graph.matrix[:, :, 0].mean(1)
-        return alive & (~image | (ranks(score, image) < k)), score
+    patches, remove = counts.patches, counts.remove
+    best = lambda score, image: alive & (~image | (ranks(score, image) < counts.keep))
+    if options.method == "random":
+        score = jax.random.uniform(key, alive.shape)
+        return best(score, image), score
+    if options.method == "cls_attention":
+        score = graph.matrix[:, :, 0].mean(1)
+        return best(score, image), score
     if options.method == "i_stage":
-        score, _, _ = importance(graph, alive, stage.votes, options)
-        return alive & (~image | (ranks(score, image) < k)), score
+        score, _, _ = importance(graph, alive, counts.votes, options)
+        return best(score, image), score
     score, _, _ = importance(graph, alive, 1, options)  # I'
-    remove = patches - k if options.method == "s_stage" else stage.remove
-    if not _is(remove, 0):
+    remove = patches - counts.keep if options.method == "s_stage" else remove
+    if not (isinstance(remove, int) and remove == 0):
         a, similarity = similar(graph.features, score, image, patches, options, key)
         alive &= ~removed(a, similarity, remove, length)
         image &= alive
-    if options.method == "s_stage" or _is(stage.keep_rate, 1):
+    if options.method == "s_stage" or (isinstance(remove, int) and counts.keep == patches - remove):
         return alive, score
-    score, _, _ = importance(graph, alive, stage.votes, options, subgraph=True)  # I
-    return alive & (~image | (ranks(score, image) < k)), score
+    score, _, _ = importance(graph, alive, counts.votes, options, subgraph=True)  # I
+    return best(score, image), score
 
 
 def importance(
@@ -267,12 +282,10 @@ def observed(block: nnx.Module, x: jax.Array, options: Options, alive: jax.Array
     return out, Graph(seen[feature], query=q, key=k, scale=attention.scale, alive=alive)
 
 
-def kept_patches(stage: Stage, patches: Any) -> Any:
-    """How many of ``patches`` image tokens a pruning layer keeps; an integer, traced where its arguments are."""
-    left = patches - stage.remove
-    if all(isinstance(n, int | float) for n in (left, stage.keep_rate)):
-        return max(1, math.floor(stage.keep_rate * left + 1e-9))  # 0.29 of 100 is 29, whatever binary fractions say
-    return jnp.maximum(1, jnp.floor(stage.keep_rate * left + 1e-4).astype(int))
+def kept_patches(stage: Stage, patches: int) -> int:
+    """How many of ``patches`` image tokens a pruning layer keeps: ⌊ρ (n − r)⌋, at least one."""
+    # 0.29 of 100 is 29, whatever binary fractions say
+    return max(1, math.floor(stage.keep_rate * (patches - stage.remove) + 1e-9))
 
 
 def _norm(x: jax.Array) -> jax.Array:
@@ -281,8 +294,3 @@ def _norm(x: jax.Array) -> jax.Array:
 
 def _wide(x: jax.Array) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _is(value: Any, number: float) -> bool:
-    """Whether a number of a stage is known, and is this one."""
-    return isinstance(value, int | float) and value == number
