@@ -32,6 +32,47 @@ def functional(model: nnx.Module, *, scan_layers: bool = False, remat: str | Non
 
     Raises ValueError when ``scan_layers`` is asked for and layers differ, or for an unknown ``remat``.
     """
+    graph, params = _split(model, scan_layers, remat)
+
+    def apply(params: Params, batch: Mapping[str, Any], *, rngs: jax.Array | None = None) -> Output:
+        model = nnx.merge(graph, params)
+        return model(**inputs(model, batch), rngs=rngs)
+
+    return apply, params
+
+
+def split_head(
+    model: nnx.Module, *, scan_layers: bool = False, remat: str | None = None
+) -> tuple[Apply, Callable[[Params, jax.Array], jax.Array], Params]:
+    """``(body, head, params)``: a language model whose logits are formed when, and for what, they are asked for.
+
+    ``body(params, batch, *, rngs=None) -> Output`` stops at ``last_hidden_state`` (B, L, D); ``head(params, hidden)``
+    makes (…, L, V) logits of any part of it. Both take the same ``params``, those of :func:`functional`. A loss over a
+    large vocabulary need then never hold all logits. Options and errors as there.
+
+    Raises ValueError for a model whose head is neither ``causal_lm`` nor ``masked_lm`` over the body's own states.
+    """
+    if model.head_name not in ("causal_lm", "masked_lm") or not hasattr(getattr(model, "embeddings", None), "token"):
+        raise ValueError(
+            f"model: expected a causal_lm or masked_lm head over token embeddings, {type(model).__name__} has "
+            f"{model.head_name or 'none'}"
+        )
+    graph, params = _split(model, scan_layers, remat)
+
+    def body(params: Params, batch: Mapping[str, Any], *, rngs: jax.Array | None = None) -> Output:
+        model = nnx.merge(graph, params)
+        model.head_name = None
+        return model(**inputs(model, batch), rngs=rngs)
+
+    def head(params: Params, hidden: jax.Array) -> jax.Array:
+        model = nnx.merge(graph, params)
+        return model.head(hidden, model.embeddings.token)
+
+    return body, head, params
+
+
+def _split(model: nnx.Module, scan_layers: bool, remat: str | None) -> tuple[Any, Params]:
+    """The structure and the weights of a copy of ``model`` whose layers are stacked or not."""
     if remat is not None and remat not in REMAT:
         raise ValueError(f"remat: expected None or one of {', '.join(REMAT)}, got {remat!r}")
     model = surgery.copy(model)
@@ -42,12 +83,7 @@ def functional(model: nnx.Module, *, scan_layers: bool = False, remat: str | Non
                 changed.remat = remat
                 setattr(module, name, changed)
     graph, state = nnx.split(surgery.named(model))
-
-    def apply(params: Params, batch: Mapping[str, Any], *, rngs: jax.Array | None = None) -> Output:
-        model = nnx.merge(graph, params)
-        return model(**inputs(model, batch), rngs=rngs)
-
-    return apply, nnx.to_pure_dict(state)
+    return graph, nnx.to_pure_dict(state)
 
 
 def inputs(model: nnx.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

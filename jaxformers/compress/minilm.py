@@ -28,11 +28,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxformers import paths
-from jaxformers.functional import functional
 from jaxformers.losses import kl_divergence
-from jaxformers.sites import reap
+from jaxformers.train import distil
 
-TEACHER = "teacher."  # before the names of a batch's arrays that `teacher_rows` made
 PROJECTIONS = {"Q": "query", "K": "key", "V": "value"}
 
 
@@ -171,33 +169,22 @@ def minilm_objective(
     Raises ValueError where layers, head counts, relation heads and widths of the two models do not fit together.
     """
     layers = check_models(teacher, student, config)
-    teacher_apply, teacher_params = functional(teacher)
-    student_apply, student_params = functional(student, **options)
-    sites = [_sites(config, layer) for layer in layers]
-    reap_teacher, reap_student = reap(teacher_apply, sites[0]), reap(student_apply, sites[1])
     own = [model.layers[layer - 1].attention for model, layer in zip((teacher, student), layers, strict=True)]
 
-    def objective(apply: Any, params: dict[str, Any], batch: dict[str, Array], key: Array | None):
-        mask = batch.get("attention_mask")
-        inputs = {k: batch[k] for k in ("input_ids", "attention_mask") if k in batch}
-        seen_t = {name.removeprefix(TEACHER): x for name, x in batch.items() if name.startswith(TEACHER)}
-        if not seen_t:
-            _, seen_t = reap_teacher(jax.lax.stop_gradient(params["teacher"]), inputs)
-        elif missing := set(sites[0]) - seen_t.keys():
-            raise ValueError(f"batch: it holds other sites of the teacher than {sorted(missing)}; see teacher_rows")
-        _, seen_s = reap_student(params["student"], inputs, rngs=key)
+    def loss(above: distil.View, below: distil.View, batch: Mapping[str, Array]):
         terms = {}
         for pair, _ in config.relations:
-            t = _relation_logits(config, pair, seen_t, layers[0], own[0])
-            s = _relation_logits(config, pair, seen_s, layers[1], own[1])
-            terms[pair] = _relation_kl(t, s, mask, config.causal)
+            t = _relation_logits(config, pair, above.seen, layers[0], own[0])
+            s = _relation_logits(config, pair, below.seen, layers[1], own[1])
+            terms[pair] = _relation_kl(t, s, batch.get("attention_mask"), config.causal)
         return sum(weight * terms[pair] for pair, weight in config.relations), terms
 
-    frozen = ["teacher.**"]
+    sites = {"teacher_sites": _sites(config, layers[0]), "student_sites": _sites(config, layers[1])}
+    objective, params, frozen = distil.imitation(teacher, student, loss, **sites, **options)
     if not options.get("scan_layers"):
         reached = _reached(student, config, layers[1])
-        frozen += [f"student.{p}" for p in paths.flatten(student_params) if not paths.matches(reached, p)]
-    return objective, {"student": student_params, "teacher": teacher_params}, tuple(frozen)
+        frozen += tuple(f"student.{p}" for p in paths.flatten(params["student"]) if not paths.matches(reached, p))
+    return objective, params, frozen
 
 
 def teacher_rows(
@@ -210,27 +197,16 @@ def teacher_rows(
 ) -> dict[str, np.ndarray]:
     """`rows`, and what students by any of `configs` need to see of `teacher` there, computed once and for all.
 
-    The teacher is the larger part of a step's work: a corpus that is gone through several times, or by several
-    students, is better asked about once. `rows`: input_ids, attention_mask (n, L); added are arrays "teacher.<site>" in
-    `dtype`: (n, L, width) for a projection, (n, heads, L, L) for v1's scores. All of them are kept in memory. Raises
-    ValueError when `configs` is empty.
+    See `jaxformers.train.distil.teacher_rows`. `rows`: input_ids, attention_mask (n, L); added are arrays
+    "teacher.<site>" in `dtype`: (n, L, width) for a projection, (n, heads, L, L) for v1's scores. All of them are kept
+    in memory. Raises ValueError when `configs` is empty.
     """
     chosen = [(config, len(teacher.layers) if config.teacher_layer is None else config.teacher_layer)
               for config in configs]  # fmt: skip
     if not chosen:
         raise ValueError("configs: at least one is needed")
-    apply, params = functional(teacher)
-    watch = reap(apply, sorted({site for config, layer in chosen for site in _sites(config, layer)}))
-    seen = jax.jit(lambda params, part: {k: x.astype(dtype) for k, x in watch(params, part)[1].items()})
-    found: dict[str, np.ndarray] = {}
-    n = len(rows["input_ids"])
-    for start in range(0, n, batch_size):
-        index = np.minimum(np.arange(start, start + batch_size), n - 1)  # one shape; the last batch repeats a row
-        part = {name: rows[name][index] for name in ("input_ids", "attention_mask") if name in rows}
-        for name, x in jax.device_get(seen(params, part)).items():
-            into = found.setdefault(TEACHER + name, np.empty((n, *x.shape[1:]), x.dtype))
-            into[start : start + batch_size] = x[: n - start]
-    return {**rows, **found}
+    sites = sorted({site for config, layer in chosen for site in _sites(config, layer)})
+    return distil.teacher_rows(teacher, rows, sites, batch_size=batch_size, dtype=dtype)
 
 
 def check_models(teacher: nnx.Module, student: nnx.Module, config: MiniLMConfig) -> tuple[int, int]:

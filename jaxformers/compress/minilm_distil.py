@@ -20,12 +20,13 @@ import numpy as np
 from flax import nnx
 
 from jaxformers import hub, paths
-from jaxformers.compress.minilm import TEACHER, MiniLMConfig, check_models, is_causal, minilm_objective
+from jaxformers.compress.minilm import MiniLMConfig, check_models, is_causal, minilm_objective
 from jaxformers.data.batches import array_batches
 from jaxformers.data.text import join_documents, pack_blocks, read_texts, windows
 from jaxformers.data.tokenizers import Tokenizer, load_tokenizer
 from jaxformers.functional import functional, with_params
 from jaxformers.models import bert
+from jaxformers.train.distil import TEACHER
 from jaxformers.train.loop import TrainConfig, fit
 from jaxformers.train.optim import OptimConfig
 
