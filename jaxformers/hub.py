@@ -142,8 +142,8 @@ def outline(path_or_id: str | Path, *, head: str | None = None, dtype: Any = Non
         grown = nnx.eval_shape(lambda: nn.SentenceHead(config.hidden_size, **settings, rngs=Keys(0)))
         model.head, model.head_name = nnx.data(grown), "sentence"
     surgery.named(model)
-    expect_packed(model, arch, hf, checkpoint)
-    model = surgery.replay(model, hf.get("jaxformers"))
+    settle = lambda model: expect_packed(model, arch, hf, checkpoint)  # also of the layers that surgery adds
+    model = surgery.replay(model, hf.get("jaxformers"), settle)
     model.source = str(directory)
 
     prefixed = arch.PREFIX and any(name.startswith(f"{arch.PREFIX}.") for name in checkpoint)

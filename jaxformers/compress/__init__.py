@@ -3,6 +3,7 @@
 from jaxformers.compress.depth import block_influence, macro_influence, remove_layers
 from jaxformers.compress.fusegpt import FuseConfig, fuse_layers
 from jaxformers.compress.gptq import dequantize, gptq, quantize_checkpoint  # gptq: the function, not the module
+from jaxformers.compress.x_ecomla import upcycle_mla
 
 __all__ = [
     "FuseConfig",
@@ -13,4 +14,5 @@ __all__ = [
     "macro_influence",
     "quantize_checkpoint",
     "remove_layers",
+    "upcycle_mla",
 ]

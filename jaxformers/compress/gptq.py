@@ -38,7 +38,7 @@ from jaxformers.compress.block import LayerReport, Settings
 from jaxformers.compress.calibration import checked_calibration
 from jaxformers.compress.sweep import sweep
 from jaxformers.data import text
-from jaxformers.models.keymap import all_keys, lookup, prefix_of
+from jaxformers.models.keymap import all_keys, lookup, own_name, prefix_of
 from jaxformers.weights.packed import PackedWeight
 from jaxformers.weights.ternary import TernaryWeight
 
@@ -180,8 +180,8 @@ def _recorded(
 
 def _name_in_file(model: nnx.Module, path: str) -> str:
     arch = hub.module_of(model.config)
-    entry, _ = lookup(all_keys(model, arch), f"{path}.kernel")
-    return prefix_of(arch, model.head_name) + entry.name
+    found = lookup(all_keys(model, arch), f"{path}.kernel")
+    return own_name(f"{path}.kernel")[0].name if found is None else prefix_of(arch, model.head_name) + found[0].name
 
 
 def _innermost(kernel: Any) -> Any:

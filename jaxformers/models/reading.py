@@ -80,10 +80,11 @@ def expect_packed(model: nnx.Module, arch: Any, hf: Mapping[str, Any], checkpoin
     settings = gptq_format.read_config(checkpoint.directory, hf)
     names, keys = Names(checkpoint, arch, model.config), all_keys(model, arch)
     for path, module in nnx.iter_modules(model):
-        if not isinstance(getattr(module, "kernel", None), nnx.Variable):
+        if not isinstance(getattr(module, "kernel", None), nnx.Variable) or weights.is_typed(module.kernel.get_value()):
             continue
-        found = lookup(keys, ".".join(map(str, path)) + ".kernel")
-        if found is not None and names.get(f"{found[0].name}.qweight") is not None:
+        path = ".".join(map(str, path)) + ".kernel"
+        found = lookup(keys, path) or own_name(path)
+        if names.get(f"{found[0].name}.qweight") is not None:
             tensors = names.under(found[0].name)
             own = settings.for_layer(names.in_file[f"{found[0].name}.qweight"].removesuffix(".qweight"))
             module.kernel.set_value(gptq_format.abstract(own, module.kernel.get_value().shape, tensors))

@@ -27,7 +27,15 @@ from jaxformers.nn.mlp import MLP, activation
 from jaxformers.nn.norms import BatchNorm, LayerNorm, RMSNorm, follow, followed
 from jaxformers.nn.output import Output
 from jaxformers.nn.pooling import normalize, pool
-from jaxformers.nn.positions import Rotary, relative_buckets, rotary_from_hf, rotary_table, rotary_to_hf, rotate
+from jaxformers.nn.positions import (
+    Rotary,
+    Turns,
+    relative_buckets,
+    rotary_from_hf,
+    rotary_table,
+    rotary_to_hf,
+    rotate,
+)
 from jaxformers.nn.rolling import Rolling
 from jaxformers.nn.seq2seq import Memory, memory_cache, memory_context, shift_right
 from jaxformers.nn.stages import Stages
@@ -50,7 +58,7 @@ __all__ = [
     "follow", "offsets", "pixel_shuffle", "resize",
     "Adapter", "Attention", "Block", "Cache", "CausalLMHead", "ClassificationHead", "Conv", "Embed", "Embeddings",
     "KeyValue", "Keys", "LayerNorm", "Layers", "Linear", "MLP", "Mask", "MaskedLMHead", "Output", "RMSNorm", "Rotary",
-    "SentenceHead", "activation", "add_adapters", "advance", "attend", "causal_mask", "check_length", "decode",
+    "SentenceHead", "Turns", "activation", "add_adapters", "advance", "attend", "causal_mask", "check_length", "decode",
     "decoder_output", "drop_path", "dropout", "empty_cache", "encoder_output", "new_cache", "new_sentence_head",
     "normalize", "padded_positions", "pool", "relative_buckets", "rotary_from_hf", "rotary_table", "rotary_to_hf",
     "rotate", "span_head", "split",

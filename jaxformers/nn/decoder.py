@@ -11,7 +11,7 @@ from jaxformers.nn.dropout import split
 from jaxformers.nn.embeddings import check_length
 from jaxformers.nn.heads import decoder_output
 from jaxformers.nn.output import Output
-from jaxformers.nn.positions import rotary_table
+from jaxformers.nn.positions import Turns, rotary_table
 from jaxformers.nn.seq2seq import Memory, memory_cache, memory_context
 
 NO_CROSS_ATTENTION = "memory: this decoder has no cross-attention; its config.json must say add_cross_attention"
@@ -45,7 +45,7 @@ def decode(
         check_length(length, model.config.max_position_embeddings, cache if position_ids is None else None)
     rope = getattr(model.config, "rope", None)
     if rope is not None:
-        context["rotary"] = rotary_table(rope, positions)
+        context["rotary"] = Turns(*rotary_table(rope, positions), positions)
     x = model.embeddings(
         input_ids,
         position_ids=None if model.embeddings.position is None else positions,

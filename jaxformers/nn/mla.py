@@ -28,7 +28,7 @@ from jaxformers.nn.cache import KeyValue, Latent
 from jaxformers.nn.dropout import split
 from jaxformers.nn.linear import Linear
 from jaxformers.nn.norms import RMSNorm
-from jaxformers.nn.positions import rotate
+from jaxformers.nn.positions import Rotary, Turns, rotary_table, rotate
 from jaxformers.sites import site, wanted
 
 DECODE = ("absorbed", "expanded")
@@ -40,7 +40,8 @@ class LatentAttention(nnx.Module):
     ``query_down``, ``query_norm``, ``query_up`` (or ``query`` when ``query_rank`` is None), ``kv_down`` (with outputs
     [latent | rotary key]), ``kv_norm``, ``kv_up`` (per head [key | value]), ``out``. ``nope`` and ``rope`` are the
     sizes of a head's parts without and with rotary positions, ``value_size`` that of its value. ``latent_norm`` False
-    leaves both norms out. ``bias``: of the down projections and of ``out``.
+    leaves both norms out. ``bias``: of the down projections and of ``out``. ``rotary``: how this layer rotates, where
+    it does so otherwise than the model around it.
 
     ``decode``: ``"absorbed"`` caches the latent and the rotary key, ``rank + rope`` numbers a token, and multiplies
     by W_uk and W_uv on the queries' side; for many new tokens at once (a prompt), and wherever a site of ``kv_up`` is
@@ -65,6 +66,7 @@ class LatentAttention(nnx.Module):
         bias: bool = False,
         scale: float | None = None,
         interleaved: bool = True,
+        rotary: Rotary | None = None,
         decode: str = "absorbed",
         rate: float = 0.0,
         std: float = 0.02,
@@ -75,7 +77,8 @@ class LatentAttention(nnx.Module):
         self.path = ""
         self.heads, self.rank, self.nope, self.rope, self.value_size = heads, rank, nope, rope, value_size
         self.scale = (nope + rope) ** -0.5 if scale is None else scale
-        self.interleaved, self.decode, self.rate = interleaved, decode, rate
+        self.interleaved = interleaved if rotary is None else rotary.interleaved
+        self.rotary, self.decode, self.rate = rotary, decode, rate
         linear = lambda d_in, d_out, bias=False: Linear(d_in, d_out, bias=bias, std=std, rngs=rngs)
         down = query_rank is not None
         self.query = None if down else linear(width, heads * (nope + rope))
@@ -100,12 +103,14 @@ class LatentAttention(nnx.Module):
         *,
         mask: Mask | None = None,
         bias: jax.Array | None = None,
-        rotary: tuple[jax.Array, jax.Array] | None = None,
+        rotary: Turns | tuple[jax.Array, jax.Array] | None = None,
         cache: KeyValue | Latent | None = None,
         key: jax.Array | None = None,
     ) -> tuple[Float[Array, "batch length width"], KeyValue | Latent | None]:
         """Attend from ``x`` to itself, or to ``cache`` after writing to it at slot ``mask.start``."""
         batch, length, _ = x.shape
+        if self.rotary is not None:
+            rotary = rotary_table(self.rotary, rotary.positions)
         q = self._queries(x, rotary)
         line = self._lines(x, rotary)
         (drop,) = split(key, 1)

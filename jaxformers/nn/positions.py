@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +93,15 @@ def _yarn_magnitude(factor: float, mscale: float | None, mscale_all: float | Non
     return grow(mscale) / grow(mscale_all) if mscale and mscale_all else grow(1.0)
 
 
+class Turns(NamedTuple):
+    """What rotary attention is given: the tables of the model's own rotation, and the positions, for a layer that
+    rotates in another way."""
+
+    cos: Float[Array, "#batch length half"]
+    sin: Float[Array, "#batch length half"]
+    positions: Int[Array, "#batch length"]
+
+
 def rotary_table(
     rotary: Rotary, positions: Int[Array, "batch length"]
 ) -> tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]:
@@ -136,11 +145,11 @@ def _yarn(rotary: Rotary, inverse: np.ndarray) -> np.ndarray:
 
 def rotate(
     x: Float[Array, "batch length heads size"],
-    table: tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]],
+    table: Turns | tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]],
     interleaved: bool,
 ) -> Float[Array, "batch length heads size"]:
     """Rotate the first ``2 · half`` dimensions of each head by its position's angle; the rest passes through."""
-    cos, sin = (t[:, :, None, :].astype(x.dtype) for t in table)
+    cos, sin = (t[:, :, None, :].astype(x.dtype) for t in table[:2])
     half = cos.shape[-1]
     turned, rest = x[..., : 2 * half], x[..., 2 * half :]
     if interleaved:

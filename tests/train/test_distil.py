@@ -182,16 +182,18 @@ def test_dpo_by_hand_and_as_a_recipe(pair):
     (loss, metrics), grads = value_and_grads(preference.dpo_objective(policy, reference, beta=0.5, chunk=2), rows)
     assert not any(np.any(g) for g in jax.tree.leaves(grads["reference"]))
 
-    def answers(model, listed):
+    def gap(model):
         apply, params = jf.functional(model)
-        found = []
-        for prompt, answer in zip(PROMPTS, listed, strict=True):
-            logits = apply(params, {"input_ids": np.array([prompt + answer])}).logits[0]
-            log_p = np.asarray(jax.nn.log_softmax(logits))[len(prompt) - 1 : -1]
-            found.append(log_p[np.arange(len(answer)), answer].sum())
-        return np.array(found)
+        apply, found = jax.jit(apply), {}
+        for side, answers in (("chosen", CHOSEN), ("rejected", REJECTED)):
+            batch = {name: rows[f"{side}.{name}"] for name in ("input_ids", "attention_mask")}
+            logits = np.float64(apply(params, batch).logits)
+            log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            found[side] = np.array(
+                [sum(log_p[i, len(PROMPTS[i]) - 1 + j, token] for j, token in enumerate(a)) for i, a in enumerate(answers)]
+            )
+        return found["chosen"] - found["rejected"]
 
-    gap = lambda model: answers(model, CHOSEN) - answers(model, REJECTED)
     margin = 0.5 * (gap(policy) - gap(reference))
     assert loss == pytest.approx(np.log1p(np.exp(-margin)).mean(), rel=1e-4)
     assert metrics["margin"] == pytest.approx(margin.mean(), rel=1e-3)
