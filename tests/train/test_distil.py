@@ -189,9 +189,8 @@ def test_dpo_by_hand_and_as_a_recipe(pair):
             batch = {name: rows[f"{side}.{name}"] for name in ("input_ids", "attention_mask")}
             logits = np.float64(apply(params, batch).logits)
             log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-            found[side] = np.array(
-                [sum(log_p[i, len(PROMPTS[i]) - 1 + j, token] for j, token in enumerate(a)) for i, a in enumerate(answers)]
-            )
+            rest = [log_p[i, len(prompt) - 1 :] for i, prompt in enumerate(PROMPTS)]
+            found[side] = np.array([sum(r[np.arange(len(a)), a]) for r, a in zip(rest, answers, strict=True)])
         return found["chosen"] - found["rejected"]
 
     margin = 0.5 * (gap(policy) - gap(reference))
