@@ -68,11 +68,6 @@ def matches(patterns: Patterns, path: str) -> bool:
     return any(_regex(p).fullmatch(path) is not None for p in as_tuple(patterns))
 
 
-def natural(path: str) -> tuple:
-    """A key to sort paths by, their numbers by value: ``layers.2`` before ``layers.10``."""
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split("."))
-
-
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested dict as ``{dotted path: leaf}``. Whatever is not a dict is a leaf: a typed weight counts as one."""
     flat: dict[str, Any] = {}

@@ -24,6 +24,7 @@ from flax import nnx
 from jaxformers import paths
 from jaxformers.functional import functional, split_head, with_params
 from jaxformers.sites import reap
+from jaxformers.surgery import natural
 from jaxformers.token_losses import next_labels, token_terms
 from jaxformers.train.config import TrainConfig
 from jaxformers.train.loop import Objective, fit
@@ -159,7 +160,7 @@ class SiteLoss:
 
 
 def _matching(pattern: str, names: Iterable[str]) -> list[str]:
-    return sorted((name for name in names if paths.matches(pattern, name)), key=paths.natural)
+    return sorted((name for name in names if paths.matches(pattern, name)), key=natural)
 
 
 def distil_objective(
