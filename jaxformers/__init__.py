@@ -21,11 +21,11 @@ _VERBS = {
     "reap": "sites", "edit": "sites", "site": "sites",
     "load_tokenizer": "data.tokenizers", "generate": "generation", "embed": "embedding",
     "load_feature_extractor": "data.features", "load_image_processor": "data.images",
-    "fit": "train", "TrainConfig": "train",
+    "compact": "compaction", "fit": "train", "TrainConfig": "train",
 }  # fmt: skip
 _PACKAGES = (
-    "compress", "data", "image_losses", "losses", "metrics", "models", "nn", "paths", "pretrain", "residual", "surgery",
-    "tasks", "train", "weights",
+    "compress", "data", "gates", "image_losses", "losses", "metrics", "models", "nn", "paths", "pretrain", "residual",
+    "surgery", "tasks", "train", "weights",
 )  # fmt: skip
 
 __all__ = ["cost", "functional", "mesh", "with_params", *_VERBS, *_PACKAGES]  # noqa: PLE0604

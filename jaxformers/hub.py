@@ -129,7 +129,9 @@ def outline(path_or_id: str | Path, *, head: str | None = None, dtype: Any = Non
         settings = {name: value for name, value in sentence.items() if name != "dense"}
         if sentence.get("dense") is not None:
             dense = open_checkpoint(sentence["dense"], check_finite=True)
-            if "linear.weight" not in dense or dense["linear.weight"].shape[1:] != (config.hidden_size,):
+            narrowed = bool(hf.get("jaxformers"))  # by surgery; its width is checked when it is filled in
+            width = dense["linear.weight"].shape[1:] if "linear.weight" in dense else ()
+            if not width or (width != (config.hidden_size,) and not narrowed):
                 raise CheckpointError(
                     f"{sentence['dense']}: expected a linear.weight of shape (…, {config.hidden_size})"
                 )
@@ -142,8 +144,8 @@ def outline(path_or_id: str | Path, *, head: str | None = None, dtype: Any = Non
         grown = nnx.eval_shape(lambda: nn.SentenceHead(config.hidden_size, **settings, rngs=Keys(0)))
         model.head, model.head_name = nnx.data(grown), "sentence"
     surgery.named(model)
-    settle = lambda model: expect_packed(model, arch, hf, checkpoint)  # also of the layers that surgery adds
-    model = surgery.replay(model, hf.get("jaxformers"), settle)
+    model = surgery.replay(model, hf.get("jaxformers"))
+    expect_packed(model, arch, hf, checkpoint)  # in the layers and widths that surgery has left
     model.source = str(directory)
 
     prefixed = arch.PREFIX and any(name.startswith(f"{arch.PREFIX}.") for name in checkpoint)

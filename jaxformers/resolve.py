@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxformers import atomic
+from jaxformers import atomic, units
 from jaxformers.extras import require
 from jaxformers.safetensors_file import show
 from jaxformers.safetensors_io import CheckpointError, read_json
@@ -126,7 +126,7 @@ def sentence_files(model: Any, dense: dict[str, np.ndarray]) -> dict[str, bytes]
     """``modules.json`` and the module folders that describe ``model.head`` to sentence-transformers."""
     from safetensors.numpy import save as to_bytes
 
-    head, width = model.head, model.config.hidden_size
+    head, width = model.head, units.units(model).get("hidden", model.config.hidden_size)
     modes = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "last": "lasttoken"}
     pooling = {"word_embedding_dimension": width}
     pooling |= {f"pooling_mode_{name}": mode == head.pooling for mode, name in modes.items()}

@@ -22,7 +22,20 @@ import jax.numpy as jnp
 
 from jaxformers import paths
 
-Edit = Callable[[jax.Array], jax.Array]
+
+@dataclasses.dataclass(frozen=True)
+class Each:
+    """An edit with a value of its own for each site: ``fn(site's value, values[site name])``; sites without stay.
+
+    ``values`` holds a pytree of arrays per site name, inputs of the function that is traced: nothing compiles anew when
+    they change. Under a scan they are stacked, so those of the layers that share a trace must have equal shapes.
+    """
+
+    fn: Callable[[jax.Array, Any], jax.Array]
+    values: Mapping[str, Any]
+
+
+Edit = Callable[[jax.Array], jax.Array] | Each
 
 
 @dataclasses.dataclass
@@ -98,10 +111,12 @@ def site(name: str, value: jax.Array) -> jax.Array:
 
 def _apply_edits(frame: _Editor, own: list[tuple[str, int, _Body | None]], value: jax.Array) -> jax.Array:
     for pattern, fn in frame.edits.items():
-        hits = [i for n, i, _ in own if paths.matches(pattern, n)]
+        hits = [i for n, i, _ in own if paths.matches(pattern, n) and (not isinstance(fn, Each) or n in fn.values)]
         if not hits:
             continue
         frame.used.add(pattern)
+        if isinstance(fn, Each):
+            fn = _of_this_layer(fn, own, hits)
         if len(hits) == len(own):
             value = _checked(own[0][0], value, fn(value))
         else:  # one trace serves all layers of a scan, but only some of them are to be edited
@@ -110,6 +125,17 @@ def _apply_edits(frame: _Editor, own: list[tuple[str, int, _Body | None]], value
                 jnp.isin(index, jnp.asarray(hits)), lambda v, fn=fn: _checked(own[0][0], v, fn(v)), lambda v: v, value
             )
     return value
+
+
+def _of_this_layer(each: Each, own: list[tuple[str, int, _Body | None]], hits: list[int]) -> Callable:
+    """``each`` as a function of the site's value alone; in a scan it looks its layer's value up."""
+    values = [each.values[own[i if len(own) > 1 else 0][0]] for i in hits]
+    if len(own) == 1:
+        return lambda value: each.fn(value, values[0])
+    rows = jnp.asarray([hits.index(i) if i in hits else 0 for i in range(len(own))])
+    row = rows[own[0][2].index]
+    mine = jax.tree.map(lambda *a: jnp.stack(a)[row], *values)
+    return lambda value: each.fn(value, mine)
 
 
 def _checked(name: str, old: jax.Array, new: jax.Array) -> jax.Array:
@@ -146,7 +172,8 @@ def reap(apply: Callable, patterns: paths.Patterns) -> Callable:
     ``embeddings`` (B, L, D); ``<linear>.input``, ``<linear>.output`` (…, in), (…, out); ``<block>.input``,
     ``<block>.output`` (B, L, D); ``<attention>.scores`` (B, H, query, key), scaled and biased, before the mask;
     ``<attention>.probs`` (B, H, query, key) after softmax and before dropout; ``<attention>.context``
-    (B, L, H, head size), before the output projection; ``<mlp>.hidden`` (B, L, mlp width) after the activation.
+    (B, L, H, head size), before the output projection; ``<mlp>.hidden`` (B, L, mlp width) after the activation;
+    ``<norm>.weights`` (D,): how much each unit counts in the statistics, ones; a unit with weight 0 becomes 0.
 
     Raises ValueError when ``apply`` is already jitted, or when a pattern matches no site.
     """
@@ -167,15 +194,16 @@ def reap(apply: Callable, patterns: paths.Patterns) -> Callable:
 def edit(apply: Callable, edits: Mapping[str, Edit]) -> Callable:
     """A function like ``apply`` in which each site that matches a pattern of ``edits`` is replaced by ``fn(value)``.
 
-    The function must keep the shape; its result is cast to the site's dtype. Edits of one call act in the order
-    given. Raises ValueError when ``apply`` is already jitted, or when a pattern matches no site.
+    The function must keep the shape; its result is cast to the site's dtype. An :class:`Each` stands for a function
+    with a value of its own per site. Edits of one call act in the order given. Raises ValueError when ``apply`` is
+    already jitted, or when a pattern matches no site.
     """
     _refuse_jitted(apply)
     edits = dict(edits)
     for pattern, fn in edits.items():
         paths.as_tuple(pattern)
-        if not callable(fn):
-            raise ValueError(f"edits[{pattern!r}]: expected a function of the site's value, got {fn!r}")
+        if not callable(fn) and not isinstance(fn, Each):
+            raise ValueError(f"edits[{pattern!r}]: expected a function of the site's value, or Each, got {fn!r}")
 
     def edited(*args: Any, **kwargs: Any) -> Any:
         with _pushed(_Editor(edits, set())) as frame:

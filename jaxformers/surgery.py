@@ -8,7 +8,6 @@ import functools
 import importlib
 import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
@@ -66,10 +65,8 @@ def forget(model: nnx.Module, function: str) -> nnx.Module:
     return model
 
 
-def replay(model: nnx.Module, section: Any, settle: Callable[[nnx.Module], None] = lambda model: None) -> nnx.Module:
+def replay(model: nnx.Module, section: Any) -> nnx.Module:
     """Rebuild on an (abstract) model the surgery recorded in ``section``: what ``config.json`` has as ``jaxformers``.
-
-    ``settle(model)`` is called before the first record and after each, to change in place what it finds new.
 
     A configuration comes from anywhere: it may name only functions of this package that are called ``abstract_…`` (with
     or without an underscore before), which rebuild a structure and do nothing else. Raises ValueError for all others.
@@ -77,7 +74,6 @@ def replay(model: nnx.Module, section: Any, settle: Callable[[nnx.Module], None]
     records = ((section or {}).get("surgery") or []) if isinstance(section, dict | None) else section
     if not isinstance(records, list) or not all(isinstance(entry, dict) for entry in records):
         raise ValueError("config.json: jaxformers.surgery must be a list of records")
-    settle(model)
     for entry in records:
         function, arguments = entry.get("function"), entry.get("arguments") or {}
         module_name, _, name = str(function).partition(":")
@@ -92,7 +88,6 @@ def replay(model: nnx.Module, section: Any, settle: Callable[[nnx.Module], None]
             model = nnx.eval_shape(functools.partial(rebuild, **arguments), model)  # whatever size is asked for
         except TypeError as error:
             raise ValueError(f"config.json: surgery {module_name}:{name}: {show(str(error), 200)}") from error
-        settle(model)
     return model
 
 

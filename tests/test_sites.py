@@ -96,6 +96,8 @@ def test_every_linear_and_block_has_its_sites(ways):
         path = ".".join(map(str, path))
         if hasattr(module, "kernel"):
             expected |= {f"{path}.input", f"{path}.output"}
+        elif path.endswith("norm"):
+            expected.add(f"{path}.weights")
         elif path.endswith(".attention"):
             expected |= {f"{path}.{part}" for part in ("scores", "probs", "context")}
         elif path.endswith(".mlp"):

@@ -151,7 +151,7 @@ class DisentangledAttention(nnx.Module):
         key: jax.Array | None = None,
     ) -> tuple[Float[Array, "batch length width"], None]:
         """``bias`` is the table of relative embeddings, out of which each layer makes its position terms."""
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
         drop, position_drop = nn.split(key, 2)
         heads = lambda y: y.reshape(*y.shape[:-1], self.heads, self.size)
         q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
@@ -169,7 +169,7 @@ class DisentangledAttention(nnx.Module):
             terms = terms * self.scale if self.kinds else None
         context = nn.attend(q, k, v, mask=mask, bias=terms, scale=self.scale, path=self.path, rate=self.rate, key=drop)
         context = site(f"{self.path}.context", context)
-        return self.out(context.reshape(batch, length, width)), None
+        return self.out(context.reshape(batch, length, self.heads * self.size)), None
 
 
 class ConvBlock(nnx.Module):

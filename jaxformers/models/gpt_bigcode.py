@@ -110,12 +110,13 @@ class GPTBigCode(nnx.Module):
         return nn.decode(self, input_ids, attention_mask, position_ids, inputs_embeds, cache, logits_to_keep, rngs)
 
 
-def fused_rows(c: Config) -> list[np.ndarray]:
+def fused_rows(c: Config, total: int) -> list[np.ndarray]:
     """Query, key and value rows of ``c_attn``: all queries, then one key and one value; or head by head."""
     if not c.multi_query:
-        return per_head(c)
+        return per_head(c, total)
     size = c.hidden_size // c.num_attention_heads
-    return np.split(np.arange(c.hidden_size + 2 * size), [c.hidden_size, c.hidden_size + size])
+    queries = c.hidden_size if total % size or total < 3 * size else total - 2 * size
+    return np.split(np.arange(queries + 2 * size), [queries, queries + size])
 
 
 Model = GPTBigCode

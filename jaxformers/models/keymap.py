@@ -23,7 +23,8 @@ LEAVES = {
 class HF:
     """A module of the checkpoint. ``conv1d``: its weight is stored (in, out), as GPT-2's Conv1D does. ``part`` (i, n):
     our module is the i-th of n slices of its outputs (a fused query/key/value projection). The slices are equal and
-    follow each other, unless ``rows`` says which outputs belong to each: ``rows(config) -> n arrays of indices``.
+    follow each other, unless ``rows`` says which of the ``total`` outputs belong to each: ``rows(config, total) -> n
+    arrays of indices``.
     ``ones``: the tensor there has so many leading axes of length 1 (a class token, a position table).
     ``whole`` (name, i, n): our parameter stacks one module an expert, whose number stands for the ``{{}}`` in ``name``;
     some writers keep them all in one tensor ``whole[0]`` (experts, out, in) instead, as the i-th of n slices of out.
@@ -32,7 +33,7 @@ class HF:
     name: str
     conv1d: bool = False
     part: tuple[int, int] = (0, 1)
-    rows: Callable[[Any], Sequence[np.ndarray]] | None = None
+    rows: Callable[[Any, int], Sequence[np.ndarray]] | None = None
     ones: int = 0
     whole: tuple[str, int, int] | None = None
     top: bool = False
@@ -40,7 +41,7 @@ class HF:
     def outputs(self, config: Any, total: int) -> np.ndarray:
         """Which of the ``total`` outputs of the fused layer are this part's."""
         if self.rows is not None:
-            return self.rows(config)[self.part[0]]
+            return self.rows(config, total)[self.part[0]]
         i, n = self.part
         return np.arange(i * (total // n), (i + 1) * (total // n))
 
@@ -90,10 +91,10 @@ def ignored(arch: Any, config: Any) -> tuple[str, ...]:
 @dataclasses.dataclass(frozen=True)  # equal tables compare equal
 class _RowsOf:
     own: str
-    rows: Callable[[Any], Sequence[np.ndarray]]
+    rows: Callable[[Any, int], Sequence[np.ndarray]]
 
-    def __call__(self, config: Any) -> Sequence[np.ndarray]:
-        return self.rows(getattr(config, self.own))
+    def __call__(self, config: Any, total: int) -> Sequence[np.ndarray]:
+        return self.rows(getattr(config, self.own), total)
 
 
 def tensor_name(module: str, leaf: str) -> str:
@@ -117,10 +118,14 @@ def expected(keys: Keys, names: Iterable[str]) -> set[str]:
     return {name for name in names if regex is not None and regex.fullmatch(name)}
 
 
-def per_head(config: Any) -> list[np.ndarray]:
-    """Query, key and value rows of a fused layer that holds them head by head: (heads, 3, size)."""
+def per_head(config: Any, total: int) -> list[np.ndarray]:
+    """Query, key and value rows of a fused layer of ``total`` that holds them head by head: (heads, 3, size).
+
+    Surgery may have removed heads; ``total`` that is no whole number of them gets the rows that the config asks for.
+    """
     size = config.hidden_size // config.num_attention_heads
-    return list(np.arange(3 * config.hidden_size).reshape(-1, 3, size).swapaxes(0, 1).reshape(3, -1))
+    total = 3 * config.hidden_size if total % (3 * size) else total
+    return list(np.arange(total).reshape(-1, 3, size).swapaxes(0, 1).reshape(3, -1))
 
 
 def turned(kernel: Any) -> Any:

@@ -1,5 +1,6 @@
 """Filling an abstract model from a checkpoint: each parameter finds its tensor, shape and dtype checked beforehand."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -80,14 +81,26 @@ def expect_packed(model: nnx.Module, arch: Any, hf: Mapping[str, Any], checkpoin
     settings = gptq_format.read_config(checkpoint.directory, hf)
     names, keys = Names(checkpoint, arch, model.config), all_keys(model, arch)
     for path, module in nnx.iter_modules(model):
-        if not isinstance(getattr(module, "kernel", None), nnx.Variable) or weights.is_typed(module.kernel.get_value()):
+        if not isinstance(getattr(module, "kernel", None), nnx.Variable):
+            continue
+        kernel = module.kernel.get_value()
+        if weights.is_typed(_innermost(kernel)):  # surgery says what it is
             continue
         path = ".".join(map(str, path)) + ".kernel"
         found = lookup(keys, path) or own_name(path)
         if names.get(f"{found[0].name}.qweight") is not None:
             tensors = names.under(found[0].name)
             own = settings.for_layer(names.in_file[f"{found[0].name}.qweight"].removesuffix(".qweight"))
-            module.kernel.set_value(gptq_format.abstract(own, module.kernel.get_value().shape, tensors))
+            module.kernel.set_value(_on(gptq_format.abstract(own, kernel.shape, tensors), kernel))
+
+
+def _innermost(kernel: Any) -> Any:
+    return _innermost(kernel.base) if hasattr(kernel, "base") else kernel
+
+
+def _on(base: Any, kernel: Any) -> Any:
+    """``base`` where the plain array stood in ``kernel``: it may carry a low-rank update or a mask."""
+    return dataclasses.replace(kernel, base=_on(base, kernel.base)) if hasattr(kernel, "base") else base
 
 
 def fill(

@@ -90,7 +90,8 @@ def _fused_tensors(name: str, leaf_kind: str, parts: list[tuple[HF, str, Any]], 
 
         def join(suffix: str = suffix, axis: int = axis, rows: Any = rows) -> np.ndarray:  # when it is to be written
             whole = np.concatenate([layer[suffix]() for layer in layers], axis=axis)
-            return whole if rows is None else np.take(whole, np.argsort(np.concatenate(rows(config))), axis)
+            order = None if rows is None else np.argsort(np.concatenate(rows(config, whole.shape[axis])))
+            return whole if order is None else np.take(whole, order, axis)
 
         out.append((f"{name}.{suffix}", shape, dtype, join))
     return out

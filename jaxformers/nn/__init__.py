@@ -36,6 +36,7 @@ from jaxformers.nn.positions import (
     rotary_to_hf,
     rotate,
 )
+from jaxformers.nn.removed import Bias, Identity, NoAttention, NoMLP
 from jaxformers.nn.rolling import Rolling
 from jaxformers.nn.seq2seq import Memory, memory_cache, memory_context, shift_right
 from jaxformers.nn.stages import Stages
@@ -50,6 +51,7 @@ from jaxformers.nn.vision import (
 from jaxformers.nn.windows import PatchMerging, WindowAttention
 
 __all__ = [
+    "Bias", "Identity", "NoAttention", "NoMLP",
     "POOLS", "GraphBlock", "followed", "graph_pool",
     "NO_CROSS_ATTENTION",
     "ExpertLinear", "Experts", "Latent", "LatentAttention", "MoE", "balance_loss", "check_routing", "route",

@@ -170,6 +170,7 @@ class Attention(nnx.Module):
 
     ``relative``: a module that gives this layer's own bias for a ``grid`` (rows, columns) of patches.
     ``reduce``: a module that gives, for such a grid, the shorter sequence that keys and values are made of.
+    ``bias_heads``: which heads of a bias that all layers share are this layer's, where surgery has removed some.
     ``window``: this layer sees so many of the latest tokens only, itself included (a causal mask's window).
 
     Sites: ``scores`` (B, H, queries, keys) scaled, with bias, before the mask; ``probs``; ``context`` (B, L, H, size)
@@ -204,6 +205,7 @@ class Attention(nnx.Module):
         self.path = ""
         self.heads, self.kv_heads, self.size = heads, kv_heads, head_size or width // heads
         self.scale, self.rate, self.interleaved, self.window = scale, rate, interleaved, window
+        self.bias_heads: tuple[int, ...] | None = None
         self.relative = relative if relative is not None else nnx.data(None)
         self.reduce = reduce if reduce is not None else nnx.data(None)
         source = width if memory_width is None else memory_width
@@ -260,6 +262,8 @@ class Attention(nnx.Module):
         elif cache is not None:
             cache = cache.write(k, v, mask.start)
             k, v = cache.read(q.dtype)
+        if bias is not None and self.bias_heads is not None:
+            bias = bias[:, jnp.asarray(self.bias_heads)]
         if self.relative is not None:
             bias = self.relative(grid) if bias is None else bias + self.relative(grid)
         (drop,) = split(key, 1)

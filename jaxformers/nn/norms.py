@@ -9,11 +9,31 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from jaxformers import paths
-from jaxformers.sites import site
+from jaxformers.sites import site, wanted
+
+
+def unit_weights(path: str, width: int) -> Float[Array, "width"] | None:
+    """The site ``<path>.weights``, when somebody asks for it: how much each unit counts in the statistics, ones."""
+    return site(f"{path}.weights", jnp.ones(width)) if wanted(f"{path}.weights") else None
+
+
+def average(h: Float[Array, "*batch width"], weights: Float[Array, "width"] | None) -> Float[Array, "*batch 1"]:
+    """The mean over the last axis, by ``weights`` where there are any."""
+    if weights is None:
+        return h.mean(-1, keepdims=True)
+    return (h * weights).sum(-1, keepdims=True) / jnp.maximum(weights.sum(), 1e-9)
+
+
+def counted(h: Float[Array, "*batch width"], weights: Float[Array, "width"] | None) -> Float[Array, "*batch width"]:
+    """Zero where a unit has weight 0: it is not there."""
+    return h if weights is None else jnp.where(weights != 0, h, 0)
 
 
 class LayerNorm(nnx.Module):
-    """``(x − mean) / sqrt(var + eps) · scale + bias`` over the last axis (arXiv 1607.06450)."""
+    """``(x − mean) / sqrt(var + eps) · scale + bias`` over the last axis (arXiv 1607.06450).
+
+    Site ``weights`` (width,): how much each unit counts in mean and var, ones; units with weight 0 become 0.
+    """
 
     def __init__(self, width: int, *, eps: float = 1e-5, affine: bool = True):
         self.path = ""
@@ -22,16 +42,16 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width)) if affine else None
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        h = x.astype(jnp.float32)
-        h = h - h.mean(-1, keepdims=True)
-        h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
+        h, weights = x.astype(jnp.float32), unit_weights(self.path, x.shape[-1])
+        h = h - average(h, weights)
+        h = h * jax.lax.rsqrt(average(jnp.square(h), weights) + self.eps)
         if self.scale is not None:
             h = h * self.scale.get_value() + self.bias.get_value()
-        return h.astype(x.dtype)
+        return counted(h, weights).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
-    """``x / sqrt(mean(x²) + eps) · scale`` over the last axis (arXiv 1910.07467)."""
+    """``x / sqrt(mean(x²) + eps) · scale`` over the last axis (arXiv 1910.07467). Site ``weights``: LayerNorm's."""
 
     def __init__(self, width: int, *, eps: float = 1e-6):
         self.path = ""
@@ -39,10 +59,10 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(width))
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        h = x.astype(jnp.float32)
-        h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
+        h, weights = x.astype(jnp.float32), unit_weights(self.path, x.shape[-1])
+        h = h * jax.lax.rsqrt(average(jnp.square(h), weights) + self.eps)
         # rounded to the activations' dtype before the scale, as llama checkpoints were trained
-        return (h.astype(x.dtype) * self.scale.get_value()).astype(x.dtype)
+        return counted(h.astype(x.dtype) * self.scale.get_value(), weights).astype(x.dtype)
 
 
 class BatchNorm(nnx.Module):

@@ -91,11 +91,12 @@ class WindowAttention(nnx.Module):
         if shifted:
             regions = windows(self._regions(padded, shift)[None, ..., None], self.window)[..., 0]
             mask = Mask(segments=jnp.tile(regions, (batch, 1)))
-        q, k, v = (linear(x).reshape(*x.shape[:2], self.heads, -1) for linear in (self.query, self.key, self.value))
+        heads = (*x.shape[:2], self.heads, self.size)
+        q, k, v = (linear(x).reshape(heads) for linear in (self.query, self.key, self.value))
         (drop,) = split(key, 1)
         context = attend(q, k, v, mask=mask, bias=self.relative(), path=self.path, rate=self.rate, key=drop)
         context = site(f"{self.path}.context", context)
-        x = unwindows(self.out(context.reshape(*x.shape)), self.window, padded)
+        x = unwindows(self.out(context.reshape(*x.shape[:2], self.heads * self.size)), self.window, padded)
         x = jnp.roll(x, (shift, shift), (1, 2)) if shifted else x
         return x[:, : grid[0], : grid[1]].reshape(batch, length, width), None
 
