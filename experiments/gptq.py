@@ -22,14 +22,11 @@ import numpy as np
 from flax import nnx
 
 import jaxformers as jf
-from experiments import common
-from jaxformers import losses
+from experiments import common, language
 from jaxformers.compress.gptq import gptq
-from jaxformers.data import batches, text
-from jaxformers.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
+from jaxformers.data import text
+from jaxformers.data.tokenizers import Tokenizer, load_tokenizer
 from jaxformers.evaluation import perplexity
-from jaxformers.models import llama
-from jaxformers.train import OptimConfig, TrainConfig, fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +75,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for seed in range(config.seeds):
         model, tokenizer = pretrained(config) if config.model is not None else trained(config, train_text, seed)
-        train_ids, test_ids = (
-            text.join_documents([tokenizer.encode(t) for t in texts], tokenizer.eos_id)
-            for texts in (train_text, test_text)
-        )
+        train_ids, test_ids = (language.stream(texts, tokenizer) for texts in (train_text, test_text))
         windows = text.windows(test_ids, config.length)[: config.windows]
         calibration = text.random_windows(train_ids, config.samples, config.length, seed=seed)
         dense = perplexity(model, windows, config.length)
@@ -105,21 +99,7 @@ def record(out: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
 
 def corpus(config: Config) -> tuple[list[str], list[str]]:
     """(texts to train and calibrate on, texts to evaluate on)."""
-    if (config.data is None) != (config.test is None):
-        raise ValueError("data, test: give both or neither")
-    if config.data is not None:
-        return read(config.data), read(config.test)
-    shared = common.shared_data("wikitext2_small")
-    if shared is not None:
-        return [text.read_text(shared / "valid.txt.gz")], [text.read_text(shared / "test.txt.gz")]
-    parts = [text.split_documents(d) for d in (text.english_text(), text.python_sources(1_000_000))]
-    return [t for part in parts for t in part[0].values()], [t for part in parts for t in part[1].values()]
-
-
-def read(path: Path) -> list[str]:
-    """A file's text, or the rows of a table."""
-    kind = [suffix for suffix in path.suffixes if suffix != ".gz"][-1:]
-    return text.read_texts(path) if kind and kind[0] in (".jsonl", ".csv", ".tsv") else [text.read_text(path)]
+    return language.corpus(config.data, config.test)
 
 
 def pretrained(config: Config) -> tuple[nnx.Module, Tokenizer]:
@@ -129,28 +109,8 @@ def pretrained(config: Config) -> tuple[nnx.Module, Tokenizer]:
 
 def trained(config: Config, texts: list[str], seed: int) -> tuple[nnx.Module, Tokenizer]:
     """A llama trained on ``texts`` from nothing, with a BPE vocabulary of theirs."""
-    tokenizer = train_bpe(texts, config.vocab, max_length=config.length)
-    ids = text.join_documents([tokenizer.encode(t) for t in texts], tokenizer.eos_id)
-    shape = llama.Config(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=config.width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        intermediate_size=config.mlp,
-        max_position_embeddings=config.length,
-        initializer_range=0.05,
-        tie_word_embeddings=True,
-    )
-    model = jf.init(shape, head="causal_lm", key=jax.random.key(seed))
-    data = batches.token_batches(ids, config.length, config.batch, seed=seed)
-    optim = OptimConfig(learning_rate=config.rate, schedule="cosine", warmup=0.05, weight_decay=0.1)
-    settings = TrainConfig(steps=config.steps, optim=optim, scan_layers=True, log_every=max(1, config.steps // 10))
-
-    def next_token(apply: Any, params: Any, batch: Any, key: Any) -> tuple[jax.Array, dict[str, Any]]:
-        logits = apply(params, batch, rngs=key).logits
-        return losses.cross_entropy(logits[:, :-1], batch["input_ids"][:, 1:]), {}
-
-    return fit(next_token, model, data, settings, key=jax.random.key(seed)).model, tokenizer
+    names = ("vocab", "width", "layers", "heads", "mlp", "length", "batch", "steps", "rate")
+    return language.trained(texts, seed=seed, **{name: getattr(config, name) for name in names})
 
 
 def removed(config: Config, rows: list[dict[str, Any]]) -> dict[str, list[float]]:
