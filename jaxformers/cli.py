@@ -185,6 +185,43 @@ def quantize(
     print(f"saved in {out}")
 
 
+def compress(
+    model: Model,
+    recipe: Path,
+    out: Path,
+    calibration: Path | None = None,
+    evaluation: Path | None = None,
+    samples: int = 128,
+    length: int = 2048,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> None:
+    """Compress a checkpoint by a recipe: a chain of methods, each on what the one before has made.
+
+    OUT receives a checkpoint after each step, report.json and figure.png: size against perplexity. An interrupted run
+    goes on after its last finished step when the same command is given again.
+
+    Args:
+        model: directory in the Hugging Face layout, hub id, or all-MiniLM-L6-v2 where its package is installed.
+        recipe: TOML file with a table [[step]] for each step: method, and its options.
+        out: directory for the checkpoints and the report.
+        calibration: .txt, .jsonl (field text), or .npy of token ids (samples, length), for methods that need data.
+        evaluation: text or .npy on which perplexity is measured after each step.
+        samples: calibration sequences drawn from text.
+        length: tokens of each, and of the evaluation's windows; cut to what the model's positions allow.
+        batch_size: windows a batch of the evaluation.
+        seed: of the calibration draw and of what steps draw.
+    """
+    from jaxformers.recipes import run_recipe
+
+    report = run_recipe(
+        model, recipe, out, calibration=calibration, evaluation=evaluation, samples=samples, length=length,
+        batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    print(report)
+    print(f"checkpoints, report.json and figure.png are in {out}")
+
+
 def perplexity(model: Model, text: Path, length: int | None = None, batch_size: int = 8) -> None:
     """Perplexity of a causal language model on a text file: the mean over disjoint windows, the tail dropped.
 
@@ -375,7 +412,7 @@ def dry_run(
         write_json_atomic(json_out, report.to_json())
 
 
-VERBS = (quickstart, info, embed, link, quantize, perplexity, generate, train, dry_run)
+VERBS = (quickstart, info, embed, link, quantize, compress, perplexity, generate, train, dry_run)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -95,23 +95,33 @@ def perplexity_of_file(
     whole file, the dropped tail included).
     """
     from jaxformers import hub
-    from jaxformers.data.tokenizers import load_tokenizer
 
     loaded = hub.load(model) if isinstance(model, str | Path) else model
-    positions = getattr(loaded.config, "max_position_embeddings", None) or 2048
-    file = Path(file)
+    windows, tokens = _windows_and_tokens(loaded, Path(file), length)
+    found = perplexity(loaded, windows, windows.shape[1], batch_size=batch_size)
+    return {"perplexity": round(found, 4), "windows": len(windows), "length": windows.shape[1], "tokens": tokens}
+
+
+def windows_of_file(model: nnx.Module, file: str | Path, length: int | None = None) -> np.ndarray:
+    """Token ids int32 (n, length) of a file, as :func:`perplexity_of_file` takes them. Raises ValueError as there."""
+    return _windows_and_tokens(model, Path(file), length)[0]
+
+
+def _windows_and_tokens(model: nnx.Module, file: Path, length: int | None) -> tuple[np.ndarray, int]:
+    """(windows, tokens of the whole file)."""
+    from jaxformers.data.tokenizers import load_tokenizer
+
     if not file.is_file():
         raise ValueError(f"text: {file} does not exist")
     if file.suffix == ".npy":
         windows = text.read_token_ids(file)
-        length = windows.shape[1] if length is None else length
-        tokens = windows.size
-    else:
-        length = min(positions, 2048) if length is None else length
-        table = [suffix for suffix in file.suffixes if suffix != ".gz"][-1:]
-        whole = table and table[0] in (".jsonl", ".ndjson", ".csv", ".tsv")
-        content = "\n\n".join(text.read_texts(file)) if whole else text.read_text(file)
-        ids = load_tokenizer(loaded.source).encode(content)
-        windows, tokens = text.windows(ids, length), len(ids)
-    found = perplexity(loaded, windows, length, batch_size=batch_size)
-    return {"perplexity": round(found, 4), "windows": len(windows), "length": length, "tokens": tokens}
+        if length is not None and windows.shape[1] != length:
+            raise ValueError(f"ids: expected windows of length={length}, got shape {windows.shape}")
+        return windows, windows.size
+    positions = getattr(model.config, "max_position_embeddings", None) or 2048
+    length = min(positions, 2048) if length is None else length
+    table = [suffix for suffix in file.suffixes if suffix != ".gz"][-1:]
+    whole = table and table[0] in (".jsonl", ".ndjson", ".csv", ".tsv")
+    content = "\n\n".join(text.read_texts(file)) if whole else text.read_text(file)
+    ids = load_tokenizer(model.source).encode(content)
+    return text.windows(ids, length), len(ids)

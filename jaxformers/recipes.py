@@ -1,0 +1,362 @@
+"""Chains of compressions, written down as data: each step's checkpoint, and after each what it weighs, costs and knows.
+
+A recipe is a TOML file, or a list of dicts with the same entries:
+
+    [[step]]
+    method = "fusegpt"        # a name in METHODS
+    rate = 0.25               # what else that method takes
+
+    [[step]]
+    method = "gptq"
+    bits = 4
+    group_size = 128
+
+Every step works on the checkpoint that the one before has written, and writes its own beside its final name before it
+is renamed: a run that was killed goes on after the last finished step, and one with other later steps keeps the first
+ones. A directory's name ends in a checksum of all that led to it: the model's weights, the data, the seed, the steps.
+"""
+
+import dataclasses
+import inspect
+import json
+import logging
+import shutil
+import time
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from jaxformers import compress, hub
+from jaxformers.atomic import write_json_atomic
+from jaxformers.compress.block import Settings
+from jaxformers.compress.gptq import calibration_ids
+from jaxformers.compress.sweep import fingerprint
+from jaxformers.cost import cost, latency
+from jaxformers.evaluation import perplexity, windows_of_file
+from jaxformers.extras import require
+from jaxformers.functional import functional
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a step may use: ``calibration`` (token ids, or the model's inputs by name; None without), a ``key`` of its
+    own, and a directory ``work`` for what it wants to keep until it has ended."""
+
+    calibration: Any
+    key: jax.Array
+    work: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """``apply(model, options, data) -> model``; the ``options`` it knows, and ``check(options)``, which raises for
+    those that cannot be. ``calibrated``: it needs calibration data."""
+
+    options: tuple[str, ...]
+    check: Callable[[dict[str, Any]], Any]
+    apply: Callable[[nnx.Module, dict[str, Any], Data], nnx.Module]
+    calibrated: Callable[[dict[str, Any]], bool] = lambda options: False
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the report. ``bytes``: of the weights as stored, of packed ones their words and scales. ``macs``:
+    multiply-adds of a forward pass of one sequence, and ``milliseconds`` its median time. ``quality``: perplexity, or
+    what the given metric says; None without evaluation."""
+
+    step: str
+    parameters: int
+    bytes: int
+    macs: float
+    milliseconds: float
+    quality: float | None
+    directory: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The model that comes out, and a row for the source and for each step. As text: a table."""
+
+    model: nnx.Module = dataclasses.field(repr=False)
+    rows: tuple[Row, ...]
+    metric: str
+
+    def __str__(self) -> str:
+        table = Table(title="after each step", title_justify="left")
+        for name in ("step", "parameters", "MB", "GMACs", "ms", self.metric):
+            table.add_column(name, justify="left" if name == "step" else "right", no_wrap=True)
+        for r in self.rows:
+            quality = "–" if r.quality is None else f"{r.quality:.4g}"
+            numbers = (f"{r.parameters:,}", f"{r.bytes / 1e6:,.4g}", f"{r.macs / 1e9:,.4g}", f"{r.milliseconds:.4g}")
+            table.add_row(r.step, *numbers, quality)
+        console = Console(width=140)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get().rstrip()
+
+
+# ---- what a step can be --------------------------------------------------------------------------------------------
+
+
+def _fuse_config(options: dict[str, Any]) -> compress.FuseConfig:
+    return compress.FuseConfig(**({"rate": None} if "layers" in options else {}), **options)
+
+
+def _fuse(model: nnx.Module, options: dict[str, Any], data: Data) -> nnx.Module:
+    ids = _ids(data.calibration, "fusegpt")
+    return compress.fuse_layers(model, ids, _fuse_config(options), key=data.key, work_directory=data.work).model
+
+
+def _quantize(model: nnx.Module, options: dict[str, Any], data: Data) -> nnx.Module:
+    return compress.gptq(model, data.calibration, work_directory=data.work, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Removal:
+    """``count`` layers go, those of the least influence ``by``: "macro" (measured anew after each) or "block"."""
+
+    count: int
+    by: str = "macro"
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if self.by not in ("macro", "block"):
+            raise ValueError(f"by={self.by!r}: must be 'macro' or 'block'")
+        if not self.count >= 1:
+            raise ValueError(f"count={self.count}: must be 1 or more")
+
+
+def _remove(model: nnx.Module, options: dict[str, Any], data: Data) -> nnx.Module:
+    config, ids = Removal(**options), _ids(data.calibration, "remove_layers")
+    if config.by == "block":
+        ranked = np.argsort(compress.block_influence(model, ids, batch_size=config.batch_size), kind="stable")
+        return compress.remove_layers(model, ranked[: config.count].tolist())
+    for _ in range(config.count):
+        least = int(np.argmin(compress.macro_influence(model, ids, batch_size=config.batch_size)))
+        model = compress.remove_layers(model, [least])
+    return model
+
+
+def _ids(calibration: Any, method: str) -> np.ndarray:
+    ids = calibration.get("input_ids") if isinstance(calibration, Mapping) else calibration
+    if ids is None or (isinstance(calibration, Mapping) and len(calibration) > 1):
+        raise ValueError(f"calibration: {method} needs token ids (sequences, length) of full length, and nothing else")
+    return ids
+
+
+def _fields(config: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(config))
+
+
+def _keywords(function: Callable, *without: str) -> tuple[str, ...]:
+    """The keyword-only arguments of ``function``, but those that the recipe gives itself."""
+    found = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in found if p.kind is p.KEYWORD_ONLY and p.name not in without)
+
+
+def _plain(function: Callable, *without: str) -> Method:
+    """A function of the model and of options that it checks itself."""
+    names = _keywords(function, *without)
+    needed = [n for n in names if inspect.signature(function).parameters[n].default is inspect.Parameter.empty]
+
+    def check(options: dict[str, Any]) -> None:
+        for name in needed:
+            if name not in options:
+                raise ValueError(f"{name} is missing")
+
+    return Method(names, check, lambda model, options, data: function(model, **options))
+
+
+ALWAYS = lambda options: True  # noqa: E731
+METHODS: dict[str, Method] = {
+    "dequantize": Method((), lambda options: None, lambda model, options, data: compress.dequantize(model)),
+    "fusegpt": Method(_fields(compress.FuseConfig), _fuse_config, _fuse, ALWAYS),
+    "gptq": Method(
+        _fields(Settings),
+        lambda options: Settings(**options),
+        _quantize,
+        lambda options: options.get("method", "gptq") != "rtn",
+    ),
+    "remove_layers": Method(_fields(Removal), lambda options: Removal(**options), _remove, ALWAYS),
+    "upcycle_mla": _plain(compress.upcycle_mla, "report", "key"),
+}
+
+
+# ---- reading and running -------------------------------------------------------------------------------------------
+
+
+def read_recipe(recipe: str | Path | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The steps of a recipe, checked. Raises ValueError naming the step, and what there is, for a method or an option
+    that is not known, and for an option that cannot be."""
+    if isinstance(recipe, str | Path):
+        file = Path(recipe)
+        try:
+            told = tomllib.loads(file.read_text())
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ValueError(f"recipe: {file} cannot be read as TOML ({error})") from None
+        unknown = set(told) - {"step"}
+        if unknown or not isinstance(told.get("step"), list):
+            raise ValueError(f"recipe: {file} must hold [[step]] tables and nothing else, found {sorted(told)}")
+        recipe = told["step"]
+    steps = []
+    for i, step in enumerate(recipe):
+        if not isinstance(step, Mapping) or not isinstance(step.get("method"), str):
+            raise ValueError(f"recipe: step {i} names no method; there are {', '.join(METHODS)}")
+        options = {name: value for name, value in step.items() if name != "method"}
+        if step["method"] == "gptq" and "scheme" in options:  # `method` names the step already
+            options["method"] = options.pop("scheme")
+        steps.append({"method": step["method"], "options": options})
+        _check(i, **steps[-1])
+    if not steps:
+        raise ValueError("recipe: it has no steps")
+    return steps
+
+
+def _check(i: int, method: str, options: dict[str, Any]) -> None:
+    if method not in METHODS:
+        raise ValueError(f"recipe: step {i} has method {method!r}; there are {', '.join(METHODS)}")
+    known = METHODS[method].options
+    for name in options:
+        if name not in known:
+            raise ValueError(
+                f"recipe: step {i}: {method} has no option {name!r}; it takes {', '.join(known) or 'none'}"
+            )
+    try:
+        METHODS[method].check(dict(options))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"recipe: step {i}: {method}: {error}") from None
+
+
+def run_recipe(
+    model: str | Path,
+    recipe: str | Path | Sequence[Mapping[str, Any]],
+    out: str | Path,
+    *,
+    calibration: str | Path | np.ndarray | Mapping[str, np.ndarray] | None = None,
+    evaluation: str | Path | np.ndarray | None = None,
+    metric: Callable[[nnx.Module], float] | None = None,
+    metric_name: str = "perplexity",
+    samples: int = 128,
+    length: int = 2048,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> Report:
+    """Compress the checkpoint ``model`` (directory or hub id) step by step into directories under ``out``.
+
+    ``calibration``: what the steps measure on: token ids (sequences, length), the model's inputs by name, or a file
+    (text: ``samples`` random windows of ``length`` tokens, cut to the model's positions). ``evaluation``: windows of
+    token ids (n, length) or a file, for perplexity; ``metric(model) -> float`` (called ``metric_name``) stands in its
+    place where a model is no causal language model. ``batch_size``: of the evaluation. ``seed``: of the draw of the
+    calibration windows, and of each step's key.
+
+    ``out`` receives a checkpoint per step, ``report.json`` (rewritten after each), and ``figure.png``: size against
+    quality. Raises ValueError before anything is computed: for a recipe that cannot be read or names what is not known,
+    a step that needs calibration data where there are none, a model that perplexity is not defined for.
+    """
+    steps, out = read_recipe(recipe), Path(out)
+    for i, step in enumerate(steps):
+        if calibration is None and METHODS[step["method"]].calibrated(step["options"]):
+            raise ValueError(f"calibration: step {i}, {step['method']}, needs data; give token ids or a file")
+    if metric is not None and evaluation is not None:
+        raise ValueError("evaluation, metric: give one of them")
+    require("matplotlib", extra="plot")
+    current = hub.load(model)
+    if evaluation is not None and current.head_name != "causal_lm":
+        raise ValueError(f"evaluation: perplexity needs a causal language model, not {type(current).__name__} with "
+                         f"head {current.head_name}; give metric, a function of the model")  # fmt: skip
+    if isinstance(calibration, str | Path):
+        calibration = calibration_ids(current, Path(calibration), samples=samples, length=length, seed=seed)
+    if isinstance(evaluation, str | Path):
+        positions = getattr(current.config, "max_position_embeddings", None) or length
+        own = None if Path(evaluation).suffix == ".npy" else min(length, positions)
+        evaluation = windows_of_file(current, evaluation, own)
+    if evaluation is not None:
+        metric = lambda m: perplexity(m, evaluation, evaluation.shape[1], batch_size=batch_size)  # noqa: E731
+    example = _example(current, calibration)
+
+    out.mkdir(parents=True, exist_ok=True)
+    key = fingerprint(str(seed), [functional(current)[1], calibration])
+    known = _known_rows(out / "report.json")
+    rows: list[Row] = []
+
+    def measured(name: str, key: str, m: nnx.Module, directory: str | None) -> None:
+        told = fingerprint(f"{key}{metric_name}", [evaluation])
+        if told not in known:
+            known[told] = dataclasses.asdict(_measure(name, m, example, metric, directory))
+        rows.append(Row(**known[told]))
+        write_json_atomic(out / "report.json", {"metric": metric_name, "rows": known})
+
+    measured("source", key, current, None)
+    for i, step in enumerate(steps):
+        key = fingerprint(key + json.dumps(step, sort_keys=True), [])
+        directory = out / f"{i}-{step['method']}-{key[-8:]}"
+        if not directory.is_dir():
+            began, work = time.perf_counter(), out / f".{directory.name}.work"
+            data = Data(calibration, jax.random.fold_in(jax.random.key(seed), i), work)
+            try:
+                small = METHODS[step["method"]].apply(current, dict(step["options"]), data)
+            except ValueError as error:
+                raise ValueError(f"recipe: step {i}, {step['method']}: {error}") from error
+            hub.save(small, directory)
+            shutil.rmtree(work, ignore_errors=True)
+            log.info("step %d, %s: %.1f s", i, step["method"], time.perf_counter() - began)
+        current = hub.load(directory)  # what a resumed run would go on with
+        measured(f"{i} {_told(step)}", key, current, directory.name)
+    report = Report(current, tuple(rows), metric_name)
+    _draw(out / "figure.png", report)
+    return report
+
+
+def _example(model: nnx.Module, calibration: Any) -> dict[str, np.ndarray]:
+    """One row of input, for the cost of a forward pass."""
+    if isinstance(calibration, Mapping):
+        return {name: np.asarray(array)[:1] for name, array in calibration.items()}
+    if calibration is not None:
+        return {"input_ids": np.asarray(calibration)[:1].astype(np.int32)}
+    if not hasattr(model.config, "vocab_size"):
+        raise ValueError("calibration: give the model's inputs by name, so that its cost can be measured")
+    length = min(128, getattr(model.config, "max_position_embeddings", None) or 128)
+    return {"input_ids": np.zeros((1, length), np.int32)}
+
+
+def _measure(name: str, model: nnx.Module, example: Any, metric: Callable | None, directory: str | None) -> Row:
+    apply, params = functional(model)
+    run = lambda params, batch: jax.tree.leaves(apply(params, batch))  # noqa: E731
+    costs, timed = cost(run, params, example), latency(run, params, example, batch=1)
+    quality = None if metric is None else float(metric(model))
+    return Row(name, costs.parameters, costs.parameter_bytes, costs.macs, 1e3 * timed.seconds, quality, directory)
+
+
+def _known_rows(file: Path) -> dict[str, dict[str, Any]]:
+    """What an earlier run has measured, by checksum; nothing where the file cannot be read."""
+    try:
+        rows = json.loads(file.read_text())["rows"]
+        return {told: row for told, row in rows.items() if set(row) == set(_fields(Row))}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _told(step: Mapping[str, Any]) -> str:
+    options = " ".join(f"{name}={value}" for name, value in step["options"].items())
+    return f"{step['method']} {options}".rstrip()
+
+
+def _draw(path: Path, report: Report) -> None:
+    figure = require("matplotlib.figure", extra="plot").Figure(figsize=(6.4, 4.0), layout="constrained")
+    axis = figure.subplots()
+    sizes = [r.bytes / 1e6 for r in report.rows]
+    quality = [np.nan if r.quality is None else r.quality for r in report.rows]
+    axis.plot(sizes, quality, "o-")
+    for r, x, y in zip(report.rows, sizes, quality, strict=True):
+        axis.annotate(" ".join(r.step.split()[:2]), (x, y), textcoords="offset points", xytext=(4, 4))
+    axis.set(xlabel="weights as stored (MB)", ylabel=report.metric)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,169 @@
+"""Recipes: chains of compressions from data, resumed between steps, measured after each."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import jaxformers as jf
+from jaxformers import cli, recipes, weights
+from jaxformers.data.tokenizers import train_bpe
+from jaxformers.evaluation import perplexity
+from jaxformers.models import bert, llama
+from jaxformers.recipes import METHODS, read_recipe, run_recipe
+
+TEXT = "the first line of a text and a second one, which is longer than the first one was\n" * 40
+STEPS = [
+    {"method": "fusegpt", "layers": 1, "group_size": 2, "rank": 2, "lora_rank": 2, "epochs": 1, "batch_size": 4,
+     "influence_sequences": 8},
+    {"method": "gptq", "bits": 4},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A checkpoint with a tokenizer, and a text file."""
+    folder = tmp_path_factory.mktemp("source")
+    tokenizer = train_bpe([TEXT], vocab_size=280)
+    config = llama.Config(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=32, initializer_range=0.1,
+    )  # fmt: skip
+    jf.save(jf.init(config, head="causal_lm", key=jax.random.key(0)), folder / "model", tokenizer=tokenizer)
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    data = {"calibration": source / "text.txt", "evaluation": source / "text.txt", "samples": 8, "length": 16}
+    return run_recipe(source / "model", STEPS, out, **data), out, data
+
+
+def test_what_a_recipe_makes_and_reports(source, done):
+    report, out, _ = done
+    dense, fused, packed = report.rows
+    assert [r.step.split()[:2][-1] for r in report.rows] == ["source", "fusegpt", "gptq"]
+    layers = 2 * 3 * 4 * 32 * 32 / 2 + 3 * 3 * 32 * 64  # matrices of three layers
+    assert dense.parameters - fused.parameters == pytest.approx(layers / 3 + 2 * 32)
+    assert fused.parameters == packed.parameters and packed.bytes < fused.bytes < dense.bytes
+    assert fused.macs < dense.macs and packed.macs == fused.macs and min(r.milliseconds for r in report.rows) > 0
+    assert len(report.model.layers) == 2
+    assert all(
+        isinstance(m.kernel.get_value(), weights.PackedWeight)
+        for _, m in jf.surgery.find_linears(report.model.layers, "**")
+    )
+    windows = recipes.windows_of_file(report.model, source / "text.txt", 16)
+    for row in report.rows:
+        model = jf.load(source / "model" if row.directory is None else out / row.directory)
+        assert row.quality == pytest.approx(perplexity(model, windows, 16), rel=1e-5)
+        assert f"{row.quality:.4g}" in str(report)
+    assert (out / "figure.png").stat().st_size > 1000
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+    told = json.loads((out / "report.json").read_text())
+    assert [r["step"] for r in told["rows"].values()] == [r.step for r in report.rows]
+
+
+def test_a_killed_run_goes_on_after_the_last_finished_step(source, done, tmp_path, monkeypatch):
+    report, out, data = done
+    shutil.copytree(out, tmp_path / "out")
+    (last,) = (tmp_path / "out").glob("1-gptq-*")
+    shutil.rmtree(last)
+    calls = []
+
+    def counted(name, fail):
+        real = METHODS[name]
+
+        def apply(model, options, data):
+            calls.append(name)
+            if fail:
+                raise KeyboardInterrupt
+            return real.apply(model, options, data)
+
+        return recipes.Method(real.options, real.check, apply, real.calibrated)
+
+    for fail in (True, False):
+        for name in ("fusegpt", "gptq"):
+            monkeypatch.setitem(METHODS, name, counted(name, fail))
+        if fail:
+            with pytest.raises(KeyboardInterrupt):
+                run_recipe(source / "model", STEPS, tmp_path / "out", **data)
+        else:
+            again = run_recipe(source / "model", STEPS, tmp_path / "out", **data)
+        monkeypatch.undo()
+    assert calls == ["gptq", "gptq"]
+    ours, theirs = (jf.functional(r.model)[1] for r in (again, report))
+    assert jax.tree.all(jax.tree.map(np.array_equal, ours, theirs))
+    assert [r.quality for r in again.rows] == [r.quality for r in report.rows]
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    other = run_recipe(source / "model", [STEPS[0], {"method": "gptq", "bits": 8}], tmp_path / "out", **data)
+    new = {p.name for p in (tmp_path / "out").iterdir()} - names
+    assert len(new) == 1 and other.rows[1] == again.rows[1]  # the first step was kept, the second made anew
+
+
+def test_the_command(source, tmp_path, capsys):
+    (tmp_path / "recipe.toml").write_text('[[step]]\nmethod = "gptq"\nscheme = "rtn"\nbits = 8\n')
+    argv = ["compress", str(source / "model"), "--recipe", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "o")]
+    cli.main(argv)
+    assert "0 gptq bits=8" in capsys.readouterr().out
+    (tmp_path / "recipe.toml").write_text('[[step]]\nmethod = "gptq"\nbitts = 8\n')
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    assert caught.value.code == 2 and "bitts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ([], "it has no steps"),
+        ([{"bits": 4}], "step 0 names no method; there are .*fusegpt, gptq"),
+        ([STEPS[1], {"method": "prune it"}], "step 1 has method 'prune it'; there are .*fusegpt, gptq"),
+        ([{"method": "gptq", "bitts": 4}], "step 0: gptq has no option 'bitts'; it takes .*bits, group_size"),
+        ([{"method": "gptq", "bits": 5}], "step 0: gptq: bits=5: must be one of"),
+        ([{"method": "fusegpt", "rate": "much"}], "step 0: fusegpt: .*not supported between"),
+        ([{"method": "fusegpt", "group_size": 3}], "step 0: fusegpt: group_size=3: must be even"),
+        ([{"method": "remove_layers", "count": 1, "by": "size"}], "by='size': must be"),
+        ([{"method": "upcycle_mla"}], "upcycle_mla: d_n is missing"),
+        ([{"method": "dequantize", "dtype": "float32"}], "dequantize has no option 'dtype'; it takes none"),
+    ],
+)
+def test_recipes_that_cannot_be(recipe, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run_recipe(tmp_path / "no model is looked for", recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_and_data_that_cannot_be(source, tmp_path):
+    for content, message in (("[[step]", "cannot be read as TOML"), ("[step]\n", "must hold .*step.* tables")):
+        (tmp_path / "r.toml").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_recipe(tmp_path / "r.toml")
+    with pytest.raises(ValueError, match="calibration: step 1, gptq, needs data"):
+        run_recipe("m", [{"method": "dequantize"}, {"method": "gptq"}], tmp_path)
+    tiny = bert.Config(40, 16, 2, 2, 24, pooler=False)
+    jf.save(jf.init(tiny, head="masked_lm", key=jax.random.key(0)), tmp_path / "bert")
+    with pytest.raises(ValueError, match="needs a causal language model, not Bert with head masked_lm; give metric"):
+        run_recipe(
+            tmp_path / "bert",
+            STEPS[1:],
+            tmp_path / "o",
+            calibration=np.ones((2, 8), int),
+            evaluation=np.ones((2, 8), int),
+        )
+    with pytest.raises(ValueError, match="step 0, fusegpt: model: Bert is no decoder"):
+        run_recipe(tmp_path / "bert", STEPS[:1], tmp_path / "o", calibration=np.ones((8, 8), int))
+
+
+def test_a_metric_of_ones_own(tmp_path):
+    """An encoder, its inputs by name, and a function of the model in the place of perplexity."""
+    tiny = bert.Config(40, 32, 2, 2, 64, pooler=False)
+    jf.save(jf.init(tiny, head="masked_lm", key=jax.random.key(0)), tmp_path / "bert")
+    batch = {"input_ids": np.ones((4, 8), np.int32), "attention_mask": np.ones((4, 8), np.int32)}
+    layers = lambda model: float(len(model.layers))
+    report = run_recipe(
+        tmp_path / "bert", STEPS[1:], tmp_path / "o", calibration=batch, metric=layers, metric_name="layers"
+    )
+    assert [r.quality for r in report.rows] == [2.0, 2.0] and report.metric == "layers"
