@@ -52,6 +52,8 @@ NAMED: dict[str, dict[str, Any]] = {
                        max_position_embeddings=2048, pad_token_id=0),
     "t5-11b": {"model_type": "t5", "d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_layers": 24, "num_heads": 128,
                "vocab_size": 32128, "architectures": ["T5ForConditionalGeneration"]},
+    "deit-small-patch16-224": _sizes("vit", 384, 12, 6, 1536, id2label={str(i): "" for i in range(1000)},
+                                     architectures=["ViTForImageClassification"]),
     "vit-g": _sizes("vit", 1408, 40, 16, 6144, image_size=224, patch_size=14,
                     id2label={str(i): "" for i in range(1000)}, architectures=["ViTForImageClassification"]),
 }  # fmt: skip

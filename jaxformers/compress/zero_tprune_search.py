@@ -87,6 +87,35 @@ def votes_at(block: int, depth: int) -> int:
     return 30 if block <= quarter else 1 if block > depth - quarter else 5
 
 
+def uniform_schedule(
+    model: nnx.Module,
+    budget: float,
+    *,
+    blocks: Sequence[int] | None = None,
+    remove: float = 0.05,
+    shape: tuple[int, int, int] | None = None,
+) -> tuple[Stage, ...]:
+    """A schedule without a search: r = ⌊``remove`` n⌋ of the n image tokens that reach each layer, and the one keep
+    rate, in steps of 0.01, that just fits ``budget`` times the dense multiply-adds.
+
+    ``blocks``: the layers' places, by default five spread over all blocks but the last. Raises ValueError when no rate
+    fits.
+    """
+    depth, counter = len(model.layers), _counter(model, shape)
+    if blocks is None:
+        blocks = sorted({round(float(b)) for b in np.linspace(1, max(depth - 1, 1), 5)})
+    size = model.config.image_size if shape is None else shape[1:]
+    for percent in range(100, 0, -1):
+        left, schedule = zt.patch_count(model, size), []
+        for block in blocks:
+            stage = Stage(int(block), int(remove * left), percent / 100, votes_at(block, depth))
+            schedule.append(stage)
+            left = kept_patches(stage, left)
+        if counter(tuple(schedule)) <= budget * counter(()):
+            return tuple(schedule)
+    raise ValueError(f"budget: no keep rate behind blocks {tuple(blocks)} brings the multiply-adds down to {budget}")
+
+
 def search(
     model: nnx.Module,
     images: Any,
@@ -128,7 +157,7 @@ def search(
     run = jax.jit(functools.partial(apply, options=options))
 
     def predictions(schedule: tuple[Stage, ...]) -> np.ndarray:
-        numbers = _numbers(schedule, blocks, patches)
+        numbers = counts_of(schedule, blocks, patches)
         found = []
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
@@ -200,7 +229,7 @@ def simulator(model: nnx.Module, blocks: Sequence[int]) -> tuple[Callable[..., j
     return apply, nnx.to_pure_dict(state)
 
 
-def _numbers(schedule: tuple[Stage, ...], blocks: Sequence[int], patches: int) -> np.ndarray:
+def counts_of(schedule: tuple[Stage, ...], blocks: Sequence[int], patches: int) -> np.ndarray:
     plan, rows = {stage.block: stage for stage in schedule}, []
     for block in blocks:
         counts = Counts.of(plan.get(block, Stage(block)), patches)

@@ -48,6 +48,17 @@ def test_the_schedule_of_deit_s_costs_3_1_gmacs():
     assert pruned < whole < 1.02 * pruned  # choosing tokens is cheap, as the paper says
 
 
+def test_one_keep_rate_for_a_budget():
+    model = abstract({**CONFIG, "num_hidden_layers": 12})
+    schedule = zs.uniform_schedule(model, 0.65)
+    assert [stage.block for stage in schedule] == [1, 4, 6, 8, 11] and len({s.keep_rate for s in schedule}) == 1
+    assert [stage.votes for stage in schedule] == [30, 5, 5, 5, 1] and schedule[0].remove == 1
+    dearer = tuple(Stage(s.block, s.remove, s.keep_rate + 0.01, s.votes) for s in schedule)
+    assert zs.macs(model, schedule) <= 0.65 * zs.macs(model) < zs.macs(model, dearer) * 1.02
+    with pytest.raises(ValueError, match="budget: no keep rate behind blocks"):
+        zs.uniform_schedule(model, 0.01)
+
+
 def test_votes_by_depth():
     assert [zs.votes_at(block, 12) for block in range(1, 13)] == [30] * 3 + [5] * 6 + [1] * 3
 
@@ -61,7 +72,7 @@ def test_masking_tokens_is_pruning_them(vit):
     )
     for schedule in ((Stage(1, 4, 0.9, 8), Stage(2, 3, 0.6, 2)), (Stage(2, 6, 0.5, 1),)):
         real = zt.prune(vit, IMAGES, schedule, options).output.logits
-        np.testing.assert_allclose(run(zs._numbers(schedule, (1, 2), 36)), real, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(run(zs.counts_of(schedule, (1, 2), 36)), real, rtol=0, atol=2e-5)
     assert run._cache_size() == 1
 
 
