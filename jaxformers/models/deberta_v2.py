@@ -125,6 +125,8 @@ def by_pair(x: Float[Array, "*batch rows distances"]) -> Float[Array, "*batch ro
 class DisentangledAttention(nnx.Module):
     """Projections ``query``, ``key``, ``value``, ``out``, and where not shared ``position_key``, ``position_query``."""
 
+    top_k: int | None = None
+
     def __init__(self, c: Config, *, rngs: nnx.Rngs):
         width, std = c.hidden_size, c.initializer_range
         if width % c.num_attention_heads:
@@ -167,7 +169,8 @@ class DisentangledAttention(nnx.Module):
                 position = heads((self.query if self.position_query is None else self.position_query)(table))[rows]
                 terms = terms + by_pair(jnp.einsum("bkhd,rhd->bhkr", k, position[::-1])).swapaxes(-1, -2)
             terms = terms * self.scale if self.kinds else None
-        context = nn.attend(q, k, v, mask=mask, bias=terms, scale=self.scale, path=self.path, rate=self.rate, key=drop)
+        options = {"scale": self.scale, "path": self.path, "rate": self.rate, "top_k": self.top_k}
+        context = nn.attend(q, k, v, mask=mask, bias=terms, key=drop, **options)
         context = site(f"{self.path}.context", context)
         return self.out(context.reshape(batch, length, self.heads * self.size)), None
 

@@ -10,6 +10,7 @@ from jaxformers.nn.dropout import dropout, split
 from jaxformers.nn.embeddings import Embeddings, check_length, padded_positions
 from jaxformers.nn.experts import ExpertLinear, Experts, MoE, balance_loss, check_routing, route
 from jaxformers.nn.gin import POOLS, GraphBlock, graph_pool
+from jaxformers.nn.hard import hard_attention, keep_largest
 from jaxformers.nn.heads import (
     CausalLMHead,
     ClassificationHead,
@@ -51,6 +52,7 @@ from jaxformers.nn.vision import (
 from jaxformers.nn.windows import PatchMerging, WindowAttention
 
 __all__ = [
+    "hard_attention", "keep_largest",
     "Bias", "Identity", "NoAttention", "NoMLP",
     "POOLS", "GraphBlock", "followed", "graph_pool",
     "NO_CROSS_ATTENTION",

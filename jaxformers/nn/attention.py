@@ -15,6 +15,7 @@ from jaxformers.kernels import decode
 from jaxformers.kernels.tiles import platform
 from jaxformers.nn.cache import Cache, KeyValue, extend
 from jaxformers.nn.dropout import dropout, split
+from jaxformers.nn.hard import keep_largest
 from jaxformers.nn.linear import Linear
 from jaxformers.nn.positions import rotate
 from jaxformers.nn.rolling import Rolling
@@ -90,6 +91,7 @@ def attend(
     path: str = "",
     rate: float = 0.0,
     key: jax.Array | None = None,
+    top_k: int | None = None,
 ) -> Float[Array, "batch queries heads size"]:
     """Attention of one layer, before the output projection.
 
@@ -98,11 +100,12 @@ def attend(
     after the product with V, where there is less to divide. When there is no dropout either, and sizes make it pay on
     this accelerator, a kernel runs instead (``kernels/attention.py``, ``kernels/decode.py`` for one query). A query
     that sees no key gets the mean of all values, or zeros from a kernel (its output is not meaningful, but finite).
+    ``top_k``: each query keeps its so many largest probabilities after dropout (:func:`jaxformers.nn.keep_largest`).
     """
     batch, queries, heads, size = q.shape
     keys, kv_heads = k.shape[1], k.shape[2]
     scale = size**-0.5 if scale is None else scale
-    if needs_only_context(path, rate, key):
+    if top_k is None and needs_only_context(path, rate, key):
         context = _by_kernel(q, k, v, mask or Mask(), bias, scale)
         if context is not None:
             return context
@@ -121,7 +124,9 @@ def attend(
         probs, total = site(f"{path}.probs", jax.nn.softmax(scores, axis=-1)), None
     else:
         probs, total = unnormalized_softmax(scores)
-    probs = dropout(probs, rate, key).astype(v.dtype).reshape(batch, kv_heads, -1, keys)
+    probs = dropout(probs, rate, key)
+    probs = probs if top_k is None else keep_largest(probs, top_k)
+    probs = probs.astype(v.dtype).reshape(batch, kv_heads, -1, keys)
     context = jnp.einsum("bhqk,bhkd->bhqd", probs, v).reshape(batch, heads, queries, v.shape[-1])
     return (context if total is None else (context / total).astype(v.dtype)).swapaxes(1, 2)
 
@@ -172,10 +177,13 @@ class Attention(nnx.Module):
     ``reduce``: a module that gives, for such a grid, the shorter sequence that keys and values are made of.
     ``bias_heads``: which heads of a bias that all layers share are this layer's, where surgery has removed some.
     ``window``: this layer sees so many of the latest tokens only, itself included (a causal mask's window).
+    ``top_k``: how many keys each query keeps, where surgery has made the attention hard (`jaxformers.nn.hard`).
 
     Sites: ``scores`` (B, H, queries, keys) scaled, with bias, before the mask; ``probs``; ``context`` (B, L, H, size)
     before the output projection.
     """
+
+    top_k: int | None = None
 
     def __init__(
         self,
@@ -267,6 +275,7 @@ class Attention(nnx.Module):
         if self.relative is not None:
             bias = self.relative(grid) if bias is None else bias + self.relative(grid)
         (drop,) = split(key, 1)
-        context = attend(q, k, v, mask=mask, bias=bias, scale=self.scale, path=self.path, rate=self.rate, key=drop)
+        options = {"scale": self.scale, "path": self.path, "rate": self.rate, "top_k": self.top_k}
+        context = attend(q, k, v, mask=mask, bias=bias, key=drop, **options)
         context = site(f"{self.path}.context", context)
         return self.out(context.reshape(batch, length, self.heads * self.size)), cache

@@ -40,6 +40,7 @@ class WindowAttention(nnx.Module):
     """
 
     varying = ("shift",)
+    top_k: int | None = None
 
     def __init__(
         self,
@@ -94,7 +95,8 @@ class WindowAttention(nnx.Module):
         heads = (*x.shape[:2], self.heads, self.size)
         q, k, v = (linear(x).reshape(heads) for linear in (self.query, self.key, self.value))
         (drop,) = split(key, 1)
-        context = attend(q, k, v, mask=mask, bias=self.relative(), path=self.path, rate=self.rate, key=drop)
+        options = {"path": self.path, "rate": self.rate, "top_k": self.top_k}
+        context = attend(q, k, v, mask=mask, bias=self.relative(), key=drop, **options)
         context = site(f"{self.path}.context", context)
         x = unwindows(self.out(context.reshape(*x.shape[:2], self.heads * self.size)), self.window, padded)
         x = jnp.roll(x, (shift, shift), (1, 2)) if shifted else x
