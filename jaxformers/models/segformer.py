@@ -104,7 +104,8 @@ class Reduction(nnx.Module):
                 f"pixel_values: {self.path} reduces {ratio} x {ratio} cells to one, but the grid is {grid}; "
                 "give larger images"
             )
-        return self.norm(self.conv(x.reshape(batch, *grid, width)).reshape(batch, -1, width))
+        x = self.conv(x.reshape(batch, *grid, width))
+        return self.norm(x.reshape(batch, -1, x.shape[-1]))
 
 
 class MixMLP(nnx.Module):

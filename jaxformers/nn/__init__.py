@@ -22,10 +22,10 @@ from jaxformers.nn.heads import (
     span_head,
 )
 from jaxformers.nn.keys import Keys
-from jaxformers.nn.linear import Embed, Linear
+from jaxformers.nn.linear import CenteredLinear, Embed, Linear
 from jaxformers.nn.mla import LatentAttention
 from jaxformers.nn.mlp import MLP, activation
-from jaxformers.nn.norms import BatchNorm, LayerNorm, RMSNorm, follow, followed
+from jaxformers.nn.norms import BatchNorm, CRMSNorm, LayerNorm, Recentre, RMSNorm, follow, followed
 from jaxformers.nn.output import Output
 from jaxformers.nn.pooling import normalize, pool
 from jaxformers.nn.positions import (
@@ -54,6 +54,7 @@ from jaxformers.nn.windows import PatchMerging, WindowAttention
 __all__ = [
     "hard_attention", "keep_largest",
     "Bias", "Identity", "NoAttention", "NoMLP",
+    "CRMSNorm", "CenteredLinear", "Recentre",
     "POOLS", "GraphBlock", "followed", "graph_pool",
     "NO_CROSS_ATTENTION",
     "ExpertLinear", "Experts", "Latent", "LatentAttention", "MoE", "balance_loss", "check_routing", "route",

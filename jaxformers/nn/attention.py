@@ -95,11 +95,11 @@ def attend(
 ) -> Float[Array, "batch queries heads size"]:
     """Attention of one layer, before the output projection.
 
-    Heads must be a multiple of kv_heads. Scores and softmax are float32. Probabilities are formed only when somebody
-    asks for the sites ``<path>.scores`` or ``<path>.probs``; otherwise the fused path divides by the sum of the softmax
-    after the product with V, where there is less to divide. When there is no dropout either, and sizes make it pay on
-    this accelerator, a kernel runs instead (``kernels/attention.py``, ``kernels/decode.py`` for one query). A query
-    that sees no key gets the mean of all values, or zeros from a kernel (its output is not meaningful, but finite).
+    Heads must be a multiple of kv_heads. Scores and softmax are float32 at least. Probabilities are formed only when
+    somebody asks for the sites ``<path>.scores`` or ``<path>.probs``; otherwise the fused path divides by the sum of
+    the softmax after the product with V, where there is less to divide. When there is no dropout either, and sizes make
+    it pay on this accelerator, a kernel runs instead (``kernels/attention.py``, ``kernels/decode.py`` for one query). A
+    query that sees no key gets the mean of all values, or zeros from a kernel: not meaningful, but finite.
     ``top_k``: each query keeps its so many largest probabilities after dropout (:func:`jaxformers.nn.keep_largest`).
     """
     batch, queries, heads, size = q.shape
@@ -112,10 +112,11 @@ def attend(
     # heads lead, and the queries of the heads that share a key head follow each other: plain batched matrix products
     q, k, v = ((q * scale).astype(q.dtype).swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2))
     q = q.reshape(batch, kv_heads, heads // kv_heads * queries, size)
-    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+    kind = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=kind)
     scores = scores.reshape(batch, heads, queries, keys)
     if bias is not None:
-        scores = scores + bias.astype(jnp.float32)
+        scores = scores + bias.astype(kind)
     scores = site(f"{path}.scores", scores)
     allowed = None if mask is None else mask.dense(queries, keys)
     if allowed is not None:

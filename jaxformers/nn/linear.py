@@ -33,6 +33,35 @@ class Linear(nnx.Module):
         return site(f"{self.path}.output", y)
 
 
+class CenteredLinear(nnx.Module):
+    """``y = x (W − W̄) + b − b̄``, W̄ the mean of each row of ``kernel`` W (in, out) and b̄ that of the bias.
+
+    So y has mean 0 over its outputs, whatever an optimiser does to W and b, and neither gets a gradient that would
+    move the mean (arXiv 2305.14858, section 3.2). Sites: ``input``, ``output``.
+    """
+
+    def __init__(self, d_in: int, d_out: int, *, bias: bool = True, std: float = 0.02, rngs: nnx.Rngs):
+        self.path = ""
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (d_in, d_out)))
+        self.bias = nnx.Param(jnp.zeros(d_out)) if bias else None
+        self.adapter = nnx.data(None)
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        x = site(f"{self.path}.input", x)
+        y = weights.matmul(x, centered(weights.dense(self.kernel.get_value())))
+        if self.bias is not None:
+            y = add_bias(y, centered(self.bias.get_value()))
+        if self.adapter is not None:
+            y = y + centered(self.adapter(y))
+        return site(f"{self.path}.output", y)
+
+
+def centered(x: Float[Array, "*batch out"]) -> Float[Array, "*batch out"]:
+    """``x − mean(x)`` over the last axis; the mean is taken in float32 at least."""
+    h = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (h - h.mean(-1, keepdims=True)).astype(x.dtype)
+
+
 WIDE = 8192  # outputs from which a CPU's sum over all rows takes longer than a product with ones
 
 

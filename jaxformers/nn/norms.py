@@ -1,4 +1,4 @@
-"""Normalisations. Statistics are float32 whatever the activations' dtype."""
+"""Normalisations. Statistics are float32 at least, whatever the activations' dtype."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +29,11 @@ def counted(h: Float[Array, "*batch width"], weights: Float[Array, "width"] | No
     return h if weights is None else jnp.where(weights != 0, h, 0)
 
 
+def wide(x: jax.Array) -> jax.Array:
+    """x in float32, or in float64 where it is that."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 class LayerNorm(nnx.Module):
     """``(x − mean) / sqrt(var + eps) · scale + bias`` over the last axis (arXiv 1607.06450).
 
@@ -42,7 +47,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width)) if affine else None
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        h, weights = x.astype(jnp.float32), unit_weights(self.path, x.shape[-1])
+        h, weights = wide(x), unit_weights(self.path, x.shape[-1])
         h = h - average(h, weights)
         h = h * jax.lax.rsqrt(average(jnp.square(h), weights) + self.eps)
         if self.scale is not None:
@@ -51,18 +56,83 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """``x / sqrt(mean(x²) + eps) · scale`` over the last axis (arXiv 1910.07467). Site ``weights``: LayerNorm's."""
+    """``x / sqrt(mean(x²) + eps) · scale`` over the last axis (arXiv 1910.07467). Site ``weights``: LayerNorm's.
 
-    def __init__(self, width: int, *, eps: float = 1e-6):
+    ``bias``: plus a bias, as where it stands for a LayerNorm of vectors whose mean is 0 (arXiv 2305.14858): the two are
+    equal there. ``affine`` False leaves both out.
+    """
+
+    def __init__(self, width: int, *, eps: float = 1e-6, affine: bool = True, bias: bool = False):
         self.path = ""
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones(width))
+        self.scale = nnx.Param(jnp.ones(width)) if affine else None
+        self.bias = nnx.Param(jnp.zeros(width)) if affine and bias else None
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        h, weights = x.astype(jnp.float32), unit_weights(self.path, x.shape[-1])
+        h, weights = wide(x), unit_weights(self.path, x.shape[-1])
         h = h * jax.lax.rsqrt(average(jnp.square(h), weights) + self.eps)
+        if self.scale is None:
+            return counted(h, weights).astype(x.dtype)
+        if self.bias is not None:
+            return counted(h * self.scale.get_value() + self.bias.get_value(), weights).astype(x.dtype)
         # rounded to the activations' dtype before the scale, as llama checkpoints were trained
         return counted(h.astype(x.dtype) * self.scale.get_value(), weights).astype(x.dtype)
+
+
+class CRMSNorm(nnx.Module):
+    """``x / sqrt((Σ x² + (Σ x)²) / width + eps)``: compressed RMSNorm (arXiv 2305.14858, section 3.3).
+
+    x holds the first width − 1 coordinates of a vector whose ``width`` coordinates sum to 0, or all of them with a zero
+    in the place of the last. The result is that of a LayerNorm of the whole vector, in the same form as x; with
+    ``expand`` the last coordinate, −Σ x, is put in its place, and ``affine`` adds a scale and a bias.
+    """
+
+    def __init__(self, width: int, *, eps: float = 1e-5, expand: bool = False, affine: bool = False):
+        if affine and not expand:
+            raise ValueError("affine: a scale would not keep the sum of the coordinates; it goes with expand")
+        self.path = ""
+        self.width, self.eps, self.expand = width, eps, expand
+        self.scale = nnx.Param(jnp.ones(width)) if affine else None
+        self.bias = nnx.Param(jnp.zeros(width)) if affine else None
+
+    def __call__(self, x: Float[Array, "*batch shorter"]) -> Float[Array, "*batch out"]:
+        h = wide(x)
+        total = h.sum(-1, keepdims=True)
+        power = (jnp.square(h).sum(-1, keepdims=True) + jnp.square(total)) / self.width
+        if self.expand:
+            h = jnp.concatenate([h[..., : self.width - 1], -total], axis=-1)
+        h = h * jax.lax.rsqrt(power + self.eps)
+        if self.scale is not None:
+            h = h * self.scale.get_value() + self.bias.get_value()
+        return h.astype(x.dtype)
+
+
+class Recentre(nnx.Module):
+    """``y − mean(y)`` over the last axis, where a stream of vectors with mean 0 starts; y is x, or with ``normalize``
+    its LayerNorm.
+
+    ``keep``: how many coordinates are handed on, all ``width`` by default, or but the last; with ``pad`` a zero stands
+    for that one.
+    """
+
+    def __init__(
+        self, width: int, *, eps: float = 1e-5, normalize: bool = False, keep: int | None = None, pad: bool = False
+    ):
+        self.path = ""
+        self.eps, self.normalize, self.keep, self.pad = eps, normalize, width if keep is None else keep, pad
+        self.scale = nnx.Param(jnp.ones(width)) if normalize else None
+        self.bias = nnx.Param(jnp.zeros(width)) if normalize else None
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch kept"]:
+        h = wide(x)
+        if self.normalize:
+            h = h - h.mean(-1, keepdims=True)
+            h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
+            h = h * self.scale.get_value() + self.bias.get_value()
+        h = (h - h.mean(-1, keepdims=True))[..., : self.keep]
+        if self.pad:
+            h = jnp.pad(h, [(0, 0)] * (h.ndim - 1) + [(0, 1)])
+        return h.astype(x.dtype)
 
 
 class BatchNorm(nnx.Module):
