@@ -47,6 +47,12 @@ NAMED: dict[str, dict[str, Any]] = {
     "llama-70b": _sizes("llama", 8192, 80, 64, 28672, num_key_value_heads=8, max_position_embeddings=4096),
     "llama-3-8b": _sizes("llama", 4096, 32, 32, 14336, num_key_value_heads=8, vocab_size=128256, rope_theta=500000.0,
                          max_position_embeddings=8192),
+    "llama-3.2-1b-instruct": _sizes(
+        "llama", 2048, 16, 32, 8192, num_key_value_heads=8, vocab_size=128256, rope_theta=500000.0, head_dim=64,
+        max_position_embeddings=131072, tie_word_embeddings=True,
+        rope_scaling={"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                      "original_max_position_embeddings": 8192},
+    ),
     # the sizes of xTrimoPGLM-100B (arXiv 2401.06199) in the blocks of GLM-4
     "glm-100b": _sizes("glm", 10240, 72, 80, 31744, num_key_value_heads=80, head_dim=128, vocab_size=128,
                        max_position_embeddings=2048, pad_token_id=0),
