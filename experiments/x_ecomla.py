@@ -39,7 +39,8 @@ class Config:
     """`model`: a checkpoint to convert; None trains a llama of the sizes below. `teacher`: another one to learn from.
 
     `ranks`: those of keys and values to try, the first one also from a random start and on the text alone. `energy`:
-    the share of energy by which one more copy chooses its ranks; None leaves it out.
+    the share of energy by which one more copy chooses its ranks; None leaves it out. `chunk`: positions of each
+    sequence whose logits exist at a time.
     """
 
     data: Path | None = None
@@ -66,6 +67,7 @@ class Config:
     warmup: float = 0.1
     weight_decay: float = 0.0
     compute_dtype: str | None = None
+    chunk: int | None = None
     windows: int | None = 512
     seeds: int = 3
 
@@ -79,7 +81,7 @@ PRESETS = {
     "paper": Config(
         model="meta-llama/Llama-3.2-1B-Instruct", d_n=32, d_r=32, query_rank=1344, ranks=(128,), rank_divisor=8,
         energy=None, length=2048, batch=192, steps=18_000, rate=8e-5, warmup=0.01, compute_dtype="bfloat16",
-        windows=None, seeds=1,
+        chunk=64, windows=None, seeds=1,
     ),
 }  # fmt: skip
 
@@ -110,8 +112,9 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             settings = training(config, scan_layers=len({(r.query_rank, r.kv_rank) for r in report}) == 1)
             directory = out / f"{way}-{seed}".replace(" ", "-")
             done = distil_logits(
-                teacher, student, data, settings, key=jax.random.key(seed), kl=kl, ce=1.0 - kl, directory=directory
-            )
+                teacher, student, data, settings, key=jax.random.key(seed), kl=kl, ce=1.0 - kl, chunk=config.chunk,
+                directory=directory,
+            )  # fmt: skip
             row = {"way": way, "seed": seed, "cache bytes": cache_bytes(student), "before": before}
             record(out, rows, {**row, "after": nats(done.model), "ranks": [r.kv_rank for r in report]})
             if seed == 0 and way == next(iter(ways(config))):
@@ -226,7 +229,9 @@ def step(config: Config, mesh: Any) -> Any:
         student = upcycle_mla(
             source, d_n=config.d_n, d_r=config.d_r, query_rank=config.query_rank, kv_rank=config.ranks[0]
         )
-        objective, params, freeze = distil_objective(teacher, student, scan_layers=True, remat="full")
+        objective, params, freeze = distil_objective(
+            teacher, student, chunk=config.chunk, scan_layers=True, remat="full"
+        )
         kept.extend((objective, freeze))
         return params
 

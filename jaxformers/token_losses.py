@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxformers.losses import IGNORE, kl_divergence
 
 Head = Callable[[jax.Array], jax.Array]  # hidden states (B, l, D) -> logits (B, l, V)
-AT_ONCE = 2**26  # numbers that a piece of logits may have when nobody says: 256 MiB in float32
+AT_ONCE = 2**28  # numbers that a piece of logits may have when nobody says: 1 GiB in float32, over all devices
 
 
 def by_chunks(f: Callable[[Any], Any], rows: Any, chunk: int) -> Any:
@@ -60,7 +60,8 @@ def token_terms(
 
     ``nll`` = -log softmax(head(hidden))[label], 0 where the label is -100. ``kl`` = T^2 KL(teacher || student) of the
     distributions at temperature T (arXiv 1503.02531, section 2: gradients keep their size). No gradient reaches the
-    teacher. ``chunk``: positions of each sequence at a time; None takes as many as make 2^26 logits.
+    teacher. ``chunk``: positions of each sequence at a time; None takes as many as make 2^28 logits of the whole batch,
+    which is few on a mesh: say there what one device may hold of its part.
 
     Raises ValueError: the vocabularies differ, a temperature of 0 or less, or neither labels nor teacher.
     """
