@@ -8,7 +8,8 @@ the text itself. Cross-entropy on held-out text, before and after, says what the
     python -m experiments.x_ecomla paper --model meta-llama/Llama-3.2-1B-Instruct --data sft.jsonl --test held.txt
 
 Data: `--data` text to learn and `--test` text to evaluate on (.txt or a table with a column text, .gz allowed; default:
-wikitext2_small beside the repository, else the Python reference, whole files held out). Models of one's own read bytes.
+wikitext2_small beside the repository, else the Python reference and the standard library's sources, whole files held
+out). The model that is trained here reads bytes.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ import numpy as np
 from flax import nnx
 
 import jaxformers as jf
-from experiments import common
+from experiments import common, language
 from jaxformers.compress.x_ecomla import LayerReport, cache_bytes, report_table, upcycle_mla
 from jaxformers.data import batches, text
 from jaxformers.data.tokenizers import load_tokenizer
@@ -88,7 +89,7 @@ PRESETS = {
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """One row for each seed and way; written to `metrics.jsonl` as they come."""
-    train_text, test_text = corpus(config)
+    train_text, test_text = ("\n\n".join(texts) for texts in language.corpus(config.data, config.test))
     rows: list[dict[str, Any]] = []
     for seed in range(config.seeds):
         source, encode = loaded(config) if config.model else (None, lambda t: np.frombuffer(t.encode(), np.uint8))
@@ -147,26 +148,6 @@ def record(out: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
     rows.append(row)
     with open(out / "metrics.jsonl", "a") as file:
         file.write(json.dumps(common.plain(row)) + "\n")
-
-
-def corpus(config: Config) -> tuple[str, str]:
-    """(text to train on, text to evaluate on)."""
-    if (config.data is None) != (config.test is None):
-        raise ValueError("data, test: give both or neither")
-    if config.data is not None:
-        return read(config.data), read(config.test)
-    shared = common.shared_data("wikitext2_small")
-    if shared is not None:
-        return text.read_text(shared / "valid.txt.gz"), text.read_text(shared / "test.txt.gz")
-    learnt, held = text.split_documents(text.english_text())
-    return "\n\n".join(learnt.values()), "\n\n".join(held.values())
-
-
-def read(path: Path) -> str:
-    """A file's text, or the rows of a table."""
-    kind = [suffix for suffix in path.suffixes if suffix != ".gz"][-1:]
-    table = kind and kind[0] in (".jsonl", ".csv", ".tsv")
-    return "\n\n".join(text.read_texts(path)) if table else text.read_text(path)
 
 
 def loaded(config: Config) -> tuple[nnx.Module, Any]:

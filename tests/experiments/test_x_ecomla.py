@@ -1,7 +1,6 @@
 """The smoke preset, on the text that every Python carries."""
 
 import numpy as np
-import pytest
 
 import jaxformers as jf
 from experiments import common, x_ecomla
@@ -17,7 +16,3 @@ def test_smoke(tmp_path, monkeypatch):
     assert [r["cache bytes"] for r in result["rows"]] == [128, *[2 * 2 * (4 + 4)] * 3]
     assert jf.load(tmp_path / "model").layers[0].attention.rank == 4
 
-
-def test_data_and_test_go_together(tmp_path):
-    with pytest.raises(ValueError, match="give both or neither"):
-        x_ecomla.corpus(x_ecomla.Config(data=tmp_path))
