@@ -170,9 +170,11 @@ def batch_ways(mesh: Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> int:
 
 
 def cache_shardings(mesh: Mesh, cache: Any, rules: Mapping[str, tuple[str, ...]] = RULES) -> Any:
-    """Shardings of a decoder's cache (or its shapes): sequences over the data axes, key/value heads over ``tensor``."""
+    """Shardings of a decoder's cache (or its shapes): sequences over the data axes, key/value heads over ``tensor``.
+
+    A latent line serves all heads, and is whole on every device along ``tensor``."""
     stored = ("batch", "heads", "length", None)
-    known = {"key": stored, "value": stored, "valid": ("batch", None)}
+    known = {"key": stored, "value": stored, "line": ("batch", "length", None), "valid": ("batch", None)}
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
         axes = known.get(paths.dotted(path).rpartition(".")[2], ())

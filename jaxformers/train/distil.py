@@ -23,6 +23,7 @@ from flax import nnx
 
 from jaxformers import paths
 from jaxformers.functional import functional, split_head, with_params
+from jaxformers.mesh import constrained
 from jaxformers.sites import reap
 from jaxformers.surgery import natural
 from jaxformers.token_losses import next_labels, token_terms
@@ -53,6 +54,7 @@ def imitation(
     teacher_sites: paths.Patterns = (),
     student_sites: paths.Patterns = (),
     split: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
     **options: Any,
 ) -> tuple[Objective, dict[str, Any], tuple[str, ...]]:
     """``(objective, params, freeze)`` for `jaxformers.train.fit`: ``loss(teacher's View, student's View, batch)``.
@@ -63,11 +65,13 @@ def imitation(
 
     A batch may hold arrays ``teacher.<site>`` (see `teacher_rows`); the teacher is then not run. Entries that neither
     model takes (labels) are for the loss. ``split``: outputs have no logits; ``View.head`` makes them, see
-    :func:`jaxformers.functional.split_head`. ``options`` (scan_layers, remat) go to the student.
+    :func:`jaxformers.functional.split_head`. ``mesh``: the one that `fit` is going to be given: activations of both
+    models then follow the batch (:func:`jaxformers.mesh.constrained`). ``options`` (scan_layers, remat) go to the
+    student.
     """
     asked = paths.as_tuple(teacher_sites)
-    look_at_teacher, teacher_params = _viewer(teacher, asked, split)
-    look_at_student, student_params = _viewer(student, paths.as_tuple(student_sites), split, **options)
+    look_at_teacher, teacher_params = _viewer(teacher, asked, split, mesh)
+    look_at_student, student_params = _viewer(student, paths.as_tuple(student_sites), split, mesh, **options)
 
     def objective(apply: Any, params: dict[str, Any], batch: Mapping[str, jax.Array], key: jax.Array | None):
         given = {name.removeprefix(TEACHER): x for name, x in batch.items() if name.startswith(TEACHER)}
@@ -84,13 +88,14 @@ def imitation(
 
 
 def _viewer(
-    model: nnx.Module, sites: tuple[str, ...], split: bool, **options: Any
+    model: nnx.Module, sites: tuple[str, ...], split: bool, mesh: jax.sharding.Mesh | None, **options: Any
 ) -> tuple[Callable[[Any, Mapping[str, jax.Array], jax.Array | None], View], Any]:
     """``(look, params)``: ``look(params, batch, key)`` is what ``model`` shows of the entries of ``batch`` it takes."""
     if split:
         apply, head, params = split_head(model, **options)
     else:
         (apply, params), head = functional(model, **options), None
+    apply = apply if mesh is None else constrained(apply, mesh)
     watch = reap(apply, sites) if sites else lambda *args, **kwargs: (apply(*args, **kwargs), {})
     known = set(inspect.signature(type(model).__call__).parameters)
 
@@ -182,7 +187,7 @@ def distil_objective(
     sequences alone, as torch's ``batchmean``: the loss grows with their length. ``sites``: {pattern of the student's
     sites: `SiteLoss`}. ``chunk``: positions of each sequence whose logits exist at a time, see
     :func:`jaxformers.token_losses.token_terms`. Metrics: ``kl``, ``ce``, each pattern's term, and ``weight``, the real
-    positions (sequences).
+    positions (sequences). ``options`` (mesh, scan_layers, remat) go to `imitation`.
 
     Raises ValueError: vocabularies that differ, weights or a temperature out of range, nothing to learn from.
     """
@@ -285,7 +290,7 @@ def distil_logits(
     Returns the student, trained; both models given stay untouched. Raises ValueError as `distil_objective` and `fit`.
     """
     objective, params, freeze = distil_objective(
-        teacher, student, scan_layers=config.scan_layers, remat=config.remat, **loss
+        teacher, student, scan_layers=config.scan_layers, remat=config.remat, mesh=mesh, **loss
     )
     result = fit(
         objective, params, data, within(config, "student", freeze), key=key, eval_data=eval_data, directory=directory,

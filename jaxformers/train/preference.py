@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from jaxformers.data.padding import pad_rows
 from jaxformers.functional import split_head, with_params
 from jaxformers.losses import IGNORE
+from jaxformers.mesh import constrained
 from jaxformers.token_losses import dpo_loss, token_terms
 from jaxformers.train.config import TrainConfig
 from jaxformers.train.distil import Trained, check_vocabulary, within
@@ -73,15 +74,21 @@ def preference_rows(
 
 
 def dpo_objective(
-    policy: nnx.Module, reference: nnx.Module, *, beta: float = 0.1, chunk: int | None = None, **options: Any
+    policy: nnx.Module,
+    reference: nnx.Module,
+    *,
+    beta: float = 0.1,
+    chunk: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    **options: Any,
 ) -> tuple[Objective, dict[str, Any], tuple[str, ...]]:
     """``(objective, params, freeze)`` for `jaxformers.train.fit`: L of the module's first paragraph, mean over pairs.
 
     ``params`` is {"policy": …, "reference": …}; the reference is run without dropout, gradient or update. Batches are
     those of `preference_rows`. Both answers of a batch are run as one. ``chunk``: positions whose logits exist at a
     time (:func:`jaxformers.token_losses.token_terms`). Metrics: ``accuracy``, the share of pairs whose order the
-    rewards have right; ``margin``, the mean difference of the rewards beta log(pi / pi_ref). ``options`` (scan_layers,
-    remat) go to the policy.
+    rewards have right; ``margin``, the mean difference of the rewards beta log(pi / pi_ref). ``mesh``: the one that
+    `fit` is going to be given. ``options`` (scan_layers, remat) go to the policy.
 
     Raises ValueError: a model without a causal language model's head, vocabularies that differ, a beta of 0 or less.
     """
@@ -93,6 +100,8 @@ def dpo_objective(
     check_vocabulary(reference, policy)
     body, head, params = split_head(policy, **options)
     reference_body, reference_head, reference_params = split_head(reference)
+    if mesh is not None:
+        body, reference_body = constrained(body, mesh), constrained(reference_body, mesh)
 
     def objective(apply: Any, params: dict[str, Any], batch: Mapping[str, jax.Array], key: jax.Array | None):
         whole = {name: _both(batch, name) for name in ("input_ids", "attention_mask", "labels")}
@@ -145,7 +154,7 @@ def dpo(
     `dpo_objective` and `fit` do.
     """
     reference = policy if reference is None else reference
-    options = {"scan_layers": config.scan_layers, "remat": config.remat}
+    options = {"scan_layers": config.scan_layers, "remat": config.remat, "mesh": mesh}
     objective, params, freeze = dpo_objective(policy, reference, beta=beta, chunk=chunk, **options)
     result = fit(
         objective, params, data, within(config, "policy", freeze), key=key, eval_data=eval_data, directory=directory,

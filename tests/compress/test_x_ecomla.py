@@ -17,6 +17,7 @@ from jaxformers import nn, paths
 from jaxformers.compress.gptq import gptq
 from jaxformers.compress.x_ecomla import LayerReport, cache_bytes, report_table, upcycle_mla, with_decode
 from jaxformers.compress.x_ecomla_init import Sizes, energy_rank, svd_kv
+from jaxformers.mesh import cache_shardings, shardings
 from jaxformers.models import llama
 
 FILES = ("gqa_rank16", "gqa_full_rank", "gqa_yarn_dynamic", "mha_latent_norm")
@@ -172,6 +173,21 @@ def test_generation_and_the_bytes_of_its_cache(hybrid):
     # two layers of r_kv + d_r numbers, one of 2 · n_kv · d_h, 2 bytes each
     assert cache_bytes(model) == 2 * (2 * (32 + 8) + 2 * 2 * 16) and cache_bytes(source) == 2 * 3 * 2 * 2 * 16
     assert cache_bytes(with_decode(model, "expanded"), "float32") == 4 * (2 * 4 * (16 + 16) + 2 * 2 * 16)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")
+def test_heads_are_cut_and_the_latent_is_not(hybrid):
+    grid = jf.mesh("data=2,tensor=4")
+    apply, params = jf.functional(hybrid[1])
+    cut = {path: tuple(s.spec) for path, s in paths.flatten(shardings(grid, params)).items() if ".0.attention." in path}
+    heads = {f"layers.0.attention.{name}.kernel" for name in ("query_up", "kv_up")}
+    assert {path for path, spec in cut.items() if spec == (None, "tensor")} == heads
+    assert cut["layers.0.attention.out.kernel"] == ("tensor", None)
+    assert not any("tensor" in cut[f"layers.0.attention.{name}.kernel"] for name in ("query_down", "kv_down"))
+    assert tuple(cache_shardings(grid, hybrid[1].empty_cache(2, 8)).layers["0"].line.spec) == ("data", None, None)
+    batch = {"input_ids": np.arange(12).reshape(2, 6)}
+    spread = jax.jit(apply)(jax.device_put(params, shardings(grid, params)), batch).logits
+    assert_close(spread, logits(hybrid[1], batch), 2e-5)
 
 
 def test_ragged_ranks_save_and_load(tmp_path):

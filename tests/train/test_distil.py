@@ -10,6 +10,7 @@ import tiny
 import jaxformers as jf
 from jaxformers import losses, paths
 from jaxformers.data.batches import array_batches
+from jaxformers.mesh import shardings
 from jaxformers.train import OptimConfig, TrainConfig, distil, preference
 
 
@@ -129,6 +130,23 @@ def test_the_recipe_resumes_and_leaves_both_models_alone(pair, tmp_path):
     )  # fmt: skip
     moved = changed(student, part.model)
     assert moved and all(".attention." in path for path in moved)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")
+def test_on_a_mesh_losses_and_updates_are_the_same(pair):
+    mesh = jf.mesh("data=2,fsdp=2,tensor=2")
+    run = lambda mesh: distil.distil_logits(
+        *pair, array_batches(batches(), 4, seed=3), training(2), key=jax.random.key(0), chunk=2, mesh=mesh
+    )
+    alone, spread = run(None), run(mesh)
+    found = [[r["loss"] for r in done.history if r["kind"] == "train"] for done in (alone, spread)]
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    assert len(jax.tree.leaves(jf.functional(spread.model)[1])[0].sharding.device_set) == 8
+    rows = {name: np.repeat(x, 4, 0)[:4] for name, x in preference.preference_rows(PROMPTS, CHOSEN, REJECTED).items()}
+    value = lambda made, params: jax.jit(lambda p: made[0](None, p, rows, None)[0])(params)
+    made = [preference.dpo_objective(*pair, mesh=m) for m in (None, mesh)]
+    placed = jax.device_put(made[1][1], shardings(mesh, made[1][1]))
+    np.testing.assert_allclose(value(made[1], placed), value(made[0], made[0][1]), rtol=1e-5)
 
 
 def test_errors(pair):
