@@ -1,9 +1,11 @@
-"""Making models smaller: quantisation, distillation, fewer layers. Each system is a module; its verbs are here."""
+"""Making models smaller: quantisation, pruning, distillation, fewer layers. Each system is a module; verbs are here."""
 
 from jaxformers.compress.depth import block_influence, macro_influence, remove_layers
+from jaxformers.compress.essential_sparsity import prune
 from jaxformers.compress.fusegpt import FuseConfig, fuse_layers
 from jaxformers.compress.gptq import dequantize, gptq, quantize_checkpoint  # gptq: the function, not the module
 from jaxformers.compress.rmsnorm import convert_norm, convert_norm_checkpoint, verify_norm
+from jaxformers.compress.sparsity_curve import lottery_ticket, mask_similarity, sparsity_sweep
 from jaxformers.compress.x_ecomla import upcycle_mla
 
 __all__ = [
@@ -14,9 +16,13 @@ __all__ = [
     "dequantize",
     "fuse_layers",
     "gptq",
+    "lottery_ticket",
     "macro_influence",
+    "mask_similarity",
+    "prune",
     "quantize_checkpoint",
     "remove_layers",
+    "sparsity_sweep",
     "upcycle_mla",
     "verify_norm",
 ]

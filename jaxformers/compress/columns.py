@@ -7,10 +7,12 @@ layer in order,
 
 Kernels are (in, out), so a paper's column is a row here, and all outputs of it are rounded at once. A column
 receives the updates of earlier columns of its block of 128 when its turn comes, as one product of a row of U with their
-errors; the columns after the block receive those of the whole block as one matrix product.
+errors; the columns after the block receive those of the whole block as one matrix product. What value a column takes
+instead of its own is a function's choice (:func:`through_columns`): SparseGPT's pruning is the same walk (pruning.py).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -118,52 +120,85 @@ def _columns(
     B: int,
     dynamic: bool,
 ) -> tuple[Array, Array, Array, Array]:
-    """Algorithm 1 on columns already in order: (codes, scales, zeros, loss). Padded columns are 0 and stay 0."""
+    """Algorithm 1 on columns already in order: (codes, scales, zeros, loss)."""
     n, out = W.shape
     padded = -(-n // B) * B
-    chunk = B * max(c for c in (4, 3, 2, 1) if (padded // B) % c == 0)
     rows = -(-padded // g) * g if dynamic else padded  # a group that starts in the padding is read in full
-    W = jnp.pad(W, ((0, rows - n), (0, 0)))
-    # 1 on the padded diagonal, 0 elsewhere
-    U = jnp.pad(U, ((0, padded - n), (0, padded - n))) + jnp.diag((jnp.arange(padded) >= n).astype(U.dtype))
     groups = jnp.arange(padded) // g if dynamic else jnp.pad(groups, (0, padded - n))
     keep = None if mask is None else jnp.pad(mask, ((0, padded - n), (0, 0)), constant_values=True)
     tables = tuple(jnp.zeros((rows // g, out)) for _ in range(2)) if dynamic else fitted
-    dot = functools.partial(jnp.matmul, precision="highest")
-    cut, put = jax.lax.dynamic_slice_in_dim, jax.lax.dynamic_update_slice_in_dim
-    row = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
 
-    def column(j: Array, state: Any, i1: Array, W: Array, U_B: Array) -> Any:
-        """Round column `i1 + j`; `W` is the kernel as it was when the block began, `e_B` 0 from j on."""
-        e_B, codes, tables = state
-        i = i1 + j
+    def round_column(state: Any, i: Array, w: Array, W: Array, ahead: Any) -> tuple[Any, Array]:
+        codes, tables = state
         if dynamic:
-            refit = lambda: grids.fit(grid, cut(W, i, g))  # noqa: E731
-            current = jax.lax.cond(i % g == 0, refit, lambda: tuple(row(t, i // g) for t in tables))
-            tables = tuple(put(t, c[None], i // g, 0) for t, c in zip(tables, current, strict=True))
+            refit = lambda: grids.fit(grid, _cut(W, i, g))  # noqa: E731
+            current = jax.lax.cond(i % g == 0, refit, lambda: tuple(_row(t, i // g) for t in tables))
+            tables = tuple(_put(t, c[None], i // g, 0) for t, c in zip(tables, current, strict=True))
         else:
-            current = tuple(row(t, groups[i]) for t in tables)
-        w = row(W, i) - dot(row(U_B.T, j), e_B)
+            current = tuple(_row(t, groups[i]) for t in tables)
         code = grids.quantize(grid, w, *current)
         if keep is not None:
-            code = jnp.where(row(keep, i), code, grids.zero_code(grid, current[1]))
-        e = (w - grids.dequantize(grid, code, *current)) / U_B[j, j]
-        return put(e_B, e[None], j, 0), put(codes, code[None], i, 0), tables
+            code = jnp.where(_row(keep, i), code, grids.zero_code(grid, current[1]))
+        return (_put(codes, code[None], i, 0), tables), grids.dequantize(grid, code, *current)
 
-    def block(b: Array, state: Any) -> Any:
-        W, codes, loss, tables = state
+    start = (jnp.zeros((padded, out), jnp.uint8), tables)
+    (codes, tables), loss = through_columns(W, U, B, round_column, start, rows=rows)
+    n_groups = -(-n // g)
+    return codes[:n], tables[0][:n_groups], tables[1][:n_groups], loss
+
+
+_cut, _put = jax.lax.dynamic_slice_in_dim, jax.lax.dynamic_update_slice_in_dim
+_row = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+
+
+def through_columns(
+    W: Float[Array, "in out"],
+    U: Float[Array, "in in"],
+    B: int,
+    choose: Callable[[Any, Array, Array, Array, Callable[[int], Array]], tuple[Any, Array]],
+    state: Any,
+    *,
+    begin: Callable[[Any, Array, Array], Any] = lambda state, i, W: state,
+    rows: int = 0,
+) -> tuple[Any, Float[Array, ""]]:
+    """Give each column of a kernel, in order, the value that ``choose`` wants, and let the columns after it make up.
+
+    ``choose(state, i, w, W, ahead) -> (state, value)``: ``w`` (out,) is column i with the updates of all columns before
+    it, ``W`` the kernel as it was when the block of ``B`` columns began, ``ahead(m)`` (m, out) columns i … i + m - 1 of
+    that block with all updates so far. ``begin(state, i, W)`` is called before the block that starts at column i.
+    ``U`` (in, in): the factor of the inverse Hessian. The kernel is padded with columns of zeros to whole blocks, and
+    to ``rows``. Returns the last state and Σ e² / 2.
+    """
+    n, out = W.shape
+    padded = -(-n // B) * B
+    chunk = B * max(c for c in (4, 3, 2, 1) if (padded // B) % c == 0)
+    W = jnp.pad(W.astype(jnp.float32), ((0, max(rows, padded) - n), (0, 0)))
+    # 1 on the padded diagonal, 0 elsewhere
+    U = jnp.pad(U, ((0, padded - n), (0, padded - n))) + jnp.diag((jnp.arange(padded) >= n).astype(U.dtype))
+    dot = functools.partial(jnp.matmul, precision="highest")
+
+    def column(j: Array, carry: Any, i1: Array, W: Array, U_B: Array) -> Any:
+        """Column `i1 + j`; `W` is the kernel as it was when the block began, `e_B` 0 from j on."""
+        e_B, state = carry
+        w = _row(W, i1 + j) - dot(_row(U_B.T, j), e_B)
+        ahead = lambda m: _cut(W, i1 + j, m) - dot(_cut(U_B.T, j, m), e_B)  # noqa: E731
+        state, value = choose(state, i1 + j, w, W, ahead)
+        e = (w - value) / U_B[j, j]
+        return _put(e_B, e[None], j, 0), state
+
+    def block(b: Array, carry: Any) -> Any:
+        W, loss, state = carry
         i1 = b * B
-        U_rows = cut(U, i1, B)  # (B, padded)
-        step = functools.partial(column, i1=i1, W=W, U_B=cut(U_rows, i1, B, 1))
-        e_B, codes, tables = jax.lax.fori_loop(0, B, step, (jnp.zeros((B, out)), codes, tables))
+        U_rows = _cut(U, i1, B)  # (B, padded)
+        state = begin(state, i1, W)
+        step = functools.partial(column, i1=i1, W=W, U_B=_cut(U_rows, i1, B, 1))
+        e_B, state = jax.lax.fori_loop(0, B, step, (jnp.zeros((B, out)), state))
 
         def trail(c: Array, W: Array) -> Array:  # rows already done change too, and are never read again
-            return put(W, cut(W, c * chunk, chunk) - dot(cut(U_rows, c * chunk, chunk, 1).T, e_B), c * chunk, 0)
+            return _put(W, _cut(W, c * chunk, chunk) - dot(_cut(U_rows, c * chunk, chunk, 1).T, e_B), c * chunk, 0)
 
         W = jax.lax.fori_loop((i1 + B) // chunk, padded // chunk, trail, W)
-        return W, codes, loss + jnp.sum(e_B**2, axis=0), tables
+        return W, loss + jnp.sum(e_B**2, axis=0), state
 
-    state = (W, jnp.zeros((padded, out), jnp.uint8), jnp.zeros(out), tables)
-    _, codes, loss, tables = jax.lax.fori_loop(0, padded // B, block, state)
-    n_groups = -(-n // g)
-    return codes[:n], tables[0][:n_groups], tables[1][:n_groups], loss.sum() / 2
+    _, loss, state = jax.lax.fori_loop(0, padded // B, block, (W, jnp.zeros(out), state))
+    return state, loss.sum() / 2

@@ -39,6 +39,7 @@ from jaxformers.compress.calibration import checked_calibration
 from jaxformers.compress.sweep import sweep
 from jaxformers.data import text
 from jaxformers.models.keymap import all_keys, lookup, own_name, prefix_of
+from jaxformers.weights.masked import settle_masks
 from jaxformers.weights.packed import PackedWeight
 from jaxformers.weights.ternary import TernaryWeight
 
@@ -147,6 +148,7 @@ def _recorded(
     model: nnx.Module, settings: Settings, batch: Mapping[str, np.ndarray] | None, report: list[LayerReport]
 ) -> nnx.Module:
     """Note in the model what files of it must say: ``quantization_config``, or the surgery of ternary kernels."""
+    settle_masks(model)  # a mask over a kernel that is packed now is in its codes
     ternary = [
         (path, weight)
         for path, linear in surgery.find_linears(model, "**")

@@ -26,7 +26,7 @@ def keys(scores: Float[Array, "*shape"], kept: Bool[Array, "*shape"] | None = No
 
 
 def kth_key(keys: UInt[Array, "in out"], k: Array | int, axis: int | None = None) -> Array:
-    """The k-th smallest key, counted from 1, of all (a scalar) or along ``axis``. ``k`` may be traced, and fits int32."""
+    """The k-th smallest key, counted from 1, of all (a scalar) or along ``axis``. ``k`` (int32) may be traced."""
 
     def settle(low: Array, high: Array) -> Array:
         below = jnp.sum(keys < (high if axis is None else jnp.expand_dims(high, axis)), axis=axis, dtype=jnp.int32)
@@ -44,8 +44,8 @@ def _bisect(settle: object, start: Array) -> Array:
     return jax.lax.fori_loop(0, bits, bit, start)
 
 
-@functools.partial(jax.jit, static_argnames="k")
-def smallest_of_columns(keys: UInt[Array, "in out"], k: int) -> Bool[Array, "in out"]:
+@jax.jit
+def smallest_of_columns(keys: UInt[Array, "in out"], k: Array | int) -> Bool[Array, "in out"]:
     """True at exactly ``k`` entries of each output: those with the smallest keys, of equal ones the first inputs."""
     limit = kth_key(keys, k, axis=0)
     below, ties = keys < limit, keys == limit
@@ -75,30 +75,37 @@ def smallest_of_groups(keys: UInt[Array, "in out"], drop: int, m: int) -> Bool[A
 def smallest_of_all(keys: Sequence[UInt[Array, "in out"]], k: int) -> list[Bool[Array, "in out"]]:
     """True at exactly ``k`` entries of all matrices together: those with the smallest keys, of equal ones the first.
 
-    Each matrix has fewer than 2^31 entries, their number together may be larger. Compiled once per set of shapes,
-    whatever ``k``.
+    Each matrix has fewer than 2^31 entries, their number together may be larger: the host adds up what each counts, and
+    chooses the next bit. Compiled once per shape of a matrix, whatever ``k`` and however many there are.
     """
-    dtype = functools.reduce(jnp.promote_types, [a.dtype for a in keys])
-    return _smallest_of_all([a.astype(dtype) for a in keys], jnp.asarray([k >> 16, k & 0xFFFF], jnp.uint32))
+    dtype = np.dtype(functools.reduce(jnp.promote_types, [a.dtype for a in keys]))
+    keys = [a.astype(dtype) for a in keys]
+    below = lambda limit: [int(n) for n in jax.device_get([_below(a, dtype.type(limit)) for a in keys])]  # noqa: E731
+    limit = 0
+    for bit in reversed(range(8 * dtype.itemsize)):
+        if sum(below(limit | 1 << bit)) < k:
+            limit |= 1 << bit
+    room = k - sum(below(limit))  # for keys equal to the limit
+    found = []
+    for a, ties in zip(keys, jax.device_get([_equal(a, dtype.type(limit)) for a in keys]), strict=True):
+        found.append(_removed(a, dtype.type(limit), np.int32(min(max(room, 0), int(ties)))))
+        room -= int(ties)
+    return found
 
 
 @jax.jit
-def _smallest_of_all(keys: list[Array], k: Array) -> list[Array]:
-    def counted(hits: list[Array]) -> list[Array]:
-        return [jnp.sum(h, dtype=jnp.int32) for h in hits]
+def _below(keys: Array, limit: Array) -> Array:
+    return jnp.sum(keys < limit, dtype=jnp.int32)
 
-    def settle(low: Array, high: Array) -> Array:
-        return jnp.where(_less(_total(counted([a < high for a in keys])), k), high, low)
 
-    limit = _bisect(settle, jnp.zeros((), keys[0].dtype))
-    found, before = [], _total(counted([a < limit for a in keys]))  # removed by all smaller keys, then by ties so far
-    for a in keys:
-        ties = a == limit
-        n = jnp.sum(ties, dtype=jnp.int32)
-        room = _difference(k, before)
-        found.append((a < limit) | _first(ties, jnp.minimum(room, n)))
-        before = _total([n], before)
-    return found
+@jax.jit
+def _equal(keys: Array, limit: Array) -> Array:
+    return jnp.sum(keys == limit, dtype=jnp.int32)
+
+
+@jax.jit
+def _removed(keys: Array, limit: Array, room: Array) -> Array:
+    return (keys < limit) | _first(keys == limit, room)
 
 
 def _first(ties: Bool[Array, "in out"], room: Array) -> Bool[Array, "in out"]:
@@ -110,25 +117,3 @@ def _first(ties: Bool[Array, "in out"], room: Array) -> Bool[Array, "in out"]:
     own = ties & (jnp.arange(ties.shape[1]) == part) & ~whole[part]
     own = own & (jnp.cumsum(own.any(axis=1), dtype=jnp.int32) <= room - (upto - count)[part])[:, None]
     return (ties & whole) | own
-
-
-# Counts beyond 2^31 as two numbers of 16 bits and more: (high, low), the low one below 2^16. Exact up to 2^47.
-
-
-def _total(counts: list[Array], start: Array | None = None) -> Array:
-    parts = jnp.stack(counts).astype(jnp.uint32)
-    high, low = jnp.sum(parts >> 16, dtype=jnp.uint32), jnp.sum(parts & 0xFFFF, dtype=jnp.uint32)
-    if start is not None:
-        high, low = high + start[0], low + start[1]
-    return jnp.stack([high + (low >> 16), low & 0xFFFF])
-
-
-def _less(a: Array, b: Array) -> Array:
-    return (a[0] < b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
-
-
-def _difference(a: Array, b: Array) -> Array:
-    """``a - b`` as int32, 0 where it is negative, and at most 2^31 - 1."""
-    high, low = (x.astype(jnp.int32) - y.astype(jnp.int32) for x, y in zip(a, b, strict=True))
-    high, low = high - (low < 0), low + 0x10000 * (low < 0)
-    return jnp.where(high < 0, 0, jnp.where(high > 0x7FFF, jnp.int32(2**31 - 1), high * 0x10000 + low))

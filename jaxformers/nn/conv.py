@@ -64,7 +64,6 @@ class Conv(nnx.Module):
             y = y + self.bias.get_value().astype(y.dtype)
         return site(f"{self.path}.output", y)
 
-
     def _shifts(self, d_in: int, d_out: int) -> bool:
         """Whether each channel has a filter of its own, on a CPU: XLA's convolution there takes many times as long."""
         own = self.groups == d_in == d_out

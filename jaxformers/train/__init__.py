@@ -4,6 +4,7 @@ from jaxformers.train.checkpoint import CheckpointNotWritten, DamagedCheckpoint,
 from jaxformers.train.config import TrainConfig
 from jaxformers.train.loop import FitResult, NonFiniteLoss, fit
 from jaxformers.train.optim import OptimConfig, adafactor, make_optimizer, schedule
+from jaxformers.train.sparse import keep_zeros, sharpest_rise, sparsity_probe
 
 __all__ = [
     "CheckpointNotWritten",
@@ -14,7 +15,10 @@ __all__ = [
     "TrainConfig",
     "adafactor",
     "fit",
+    "keep_zeros",
     "load_params",
     "make_optimizer",
     "schedule",
+    "sharpest_rise",
+    "sparsity_probe",
 ]

@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxformers import paths, surgery
 from jaxformers.weights import base as weights
+from jaxformers.weights.masked import Masked, settle_masks
 
 
 @jax.tree_util.register_dataclass
@@ -88,10 +89,15 @@ def _abstract_lora(model: nnx.Module, *, targets: list[str], rank: int, alpha: f
 
 
 def merge_lora(model: nnx.Module) -> nnx.Module:
-    """A copy of ``model`` in which every :class:`LowRank` kernel has become the plain array it stands for."""
+    """A copy of ``model`` in which every :class:`LowRank` kernel has become the plain array it stands for.
+
+    Where a mask lies over the update, it stays, and holds for the merged kernel; one below the update is gone.
+    """
     model = surgery.copy(model)
     for _, linear in surgery.find_linears(model, "**"):
         kernel = linear.kernel.get_value()
         if isinstance(kernel, LowRank):
             linear.kernel.set_value(kernel.dense())
-    return surgery.forget(model, "jaxformers.weights.lowrank:_abstract_lora")
+        elif isinstance(kernel, Masked) and isinstance(kernel.base, LowRank):
+            linear.kernel.set_value(Masked(kernel.base.dense(), kernel.mask))
+    return settle_masks(surgery.forget(model, "jaxformers.weights.lowrank:_abstract_lora"))

@@ -67,26 +67,21 @@ def test_of_each_group(rows, drop, m):
             assert set(np.flatnonzero(found[start : start + m, o])) == set(order[:drop])
 
 
-def test_counts_beyond_32_bits():
-    """The two-part arithmetic against Python's whole numbers."""
-    parts = lambda n: jnp.asarray([n >> 16, n & 0xFFFF], jnp.uint32)  # noqa: E731
-    whole = lambda p: (int(p[0]) << 16) + int(p[1])  # noqa: E731
-    counts = [2**31 - 1, 2**30 + 5, 2**31 - 1, 65535, 65535, 1]
-    assert whole(threshold._total([jnp.int32(c) for c in counts])) == sum(counts)
-    pairs = [(2**33 + 7, 2**33 + 7), (2**33, 2**33 + 1), (2**33 + 65536, 2**33 + 1), (2**34, 3), (2**31, 5)]
-    for a, b in [*pairs, (2**31 - 2, 0)]:
-        assert bool(threshold._less(parts(a), parts(b))) == (a < b)
-        assert int(threshold._difference(parts(a), parts(b))) == min(max(a - b, 0), 2**31 - 1)
+def test_counts_beyond_31_bits_are_added_by_the_host(monkeypatch):
+    """Matrices that say they have 2^30 entries more each: four of them are more than 32 bits can count."""
+    counts = threshold._below
+    monkeypatch.setattr(threshold, "_below", lambda a, limit: np.int64(counts(a, limit)) + 2**30)
+    arrays = [jnp.arange(4 * i, 4 * i + 4, dtype=jnp.uint32).reshape(2, 2) for i in range(4)]
+    found = threshold.smallest_of_all(arrays, 2**32 + 6)
+    assert [int(f.sum()) for f in found] == [4, 2, 0, 0]
 
 
-def test_one_program_for_every_k_and_no_sort_nor_concatenation():
+def test_one_program_for_every_k_and_all_matrices_of_a_shape():
     arrays = [threshold.keys(jax.random.normal(jax.random.key(i), (32, 16))) for i in range(3)]
     threshold.smallest_of_all(arrays, 5)
-    before = threshold._smallest_of_all._cache_size()
-    threshold.smallest_of_all(arrays, 700)
-    assert threshold._smallest_of_all._cache_size() == before
-    program = str(jax.make_jaxpr(threshold._smallest_of_all)(arrays, jnp.zeros(2, jnp.uint32)))
-    assert " sort" not in program and "[1536]" not in program
+    before = threshold._below._cache_size(), threshold._removed._cache_size()
+    threshold.smallest_of_all([*arrays, *arrays], 700)
+    assert (threshold._below._cache_size(), threshold._removed._cache_size()) == before
 
 
 def test_sharded_matrices_stay_where_they_are():
@@ -96,5 +91,5 @@ def test_sharded_matrices_stay_where_they_are():
     placed = threshold.keys(jax.device_put(w, spread))
     (found,) = threshold.smallest_of_all([placed], 100)
     np.testing.assert_array_equal(found, by_sorting([np.abs(w)], 100)[0])
-    text = threshold._smallest_of_all.lower([placed], jnp.zeros(2, jnp.uint32)).compile().as_text()
-    assert f"u32[8,{w.shape[1]}]" not in text  # nowhere is the whole matrix gathered
+    for program in (threshold._below.lower(placed, np.uint32(7)), threshold._removed.lower(placed, np.uint32(7), 3)):
+        assert f"u32[8,{w.shape[1]}]" not in program.compile().as_text()  # nowhere is the whole matrix gathered
