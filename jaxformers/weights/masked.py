@@ -161,7 +161,7 @@ def save_masks(masks: Mapping[str, Any], file: str | Path) -> None:
 
     arrays = {path: np.asarray(mask) for path, mask in masks.items()}
     shapes = json.dumps({path: array.shape for path, array in arrays.items()})
-    tensors = {path: np.packbits(array.T, axis=-1) for path, array in arrays.items()}
+    tensors = {path: np.ascontiguousarray(np.packbits(array.T, axis=-1)) for path, array in arrays.items()}
     atomic.write_bytes_atomic(file, save(tensors, metadata={"format": "jaxformers masks", "shapes": shapes}))
 
 

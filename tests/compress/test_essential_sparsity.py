@@ -241,7 +241,7 @@ def test_sparsegpt_beats_magnitude():
     many = np.random.default_rng(1).integers(1, 20, (64, 12))
     solved = prune(model, "sparsegpt", sparsity=0.5, calibration=many)
     assert error(solved) < 0.9 * error(prune(model, sparsity=0.5, scope="layer"))
-    assert all(m.removed == m.size // 2 + 1 for m in solved.report.matrices)  # `<=` the middle score: one more than half
+    assert all(m.removed == m.size // 2 + 1 for m in solved.report.matrices)  # `<=` the middle
     assert zeros(prune(model, "sparsegpt", sparsity=0.0, calibration=IDS).model) == 0
 
 

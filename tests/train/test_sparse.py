@@ -22,7 +22,7 @@ def objective(apply, params, batch, key):
 
 
 def test_masked_adamw_equals_torchs_reparametrisation(oracles):
-    """Thirty steps in float64: the optimiser's state holds the masked entries, weight decay included; they never act."""
+    """Thirty steps in float64: the optimiser's state holds masked entries, weight decay included; they never act."""
     z = np.load(oracles / "essential_sparsity" / "masked_adamw.npz")
     o = json.loads(str(z["options"]))
     with jax.enable_x64(True):
@@ -49,7 +49,7 @@ def test_masked_adamw_equals_torchs_reparametrisation(oracles):
         np.testing.assert_allclose(params["bias"], z["b_final"], atol=1e-9)
 
 
-@pytest.mark.parametrize("way", ["typed", "typed, scanned", "optimiser", "optimiser, scanned", "lion"])
+@pytest.mark.parametrize("way", ["typed, scanned", "optimiser, scanned", "lion"])
 def test_zeros_stay_zero_and_the_rest_moves(way, tmp_path):
     """Fifty steps with weight decay 0.1, and the file that is written then."""
     pruned = prune(tiny.model("llama", num_hidden_layers=2), sparsity=0.5)
@@ -66,8 +66,8 @@ def test_zeros_stay_zero_and_the_rest_moves(way, tmp_path):
     for found in (trained, jf.load(tmp_path / "trained")):
         for path, mask in pruned.masks.items():
             before, after = (np.asarray(jf.weights.dense(kernel(m, path))) for m in (pruned.model, found))
-            assert np.array_equal(after[~np.asarray(mask)], np.zeros((~np.asarray(mask)).sum())), path
-            assert np.mean(after != before) == np.mean(mask), path
+            assert not np.any(after[~np.asarray(mask)]), path
+            np.testing.assert_array_equal(after != before, mask)
 
 
 def kernel(model, path):
@@ -98,11 +98,10 @@ def test_checkpoints_hold_what_is_kept(tmp_path):
         assert not np.any(np.asarray(leaf)[~np.asarray(mask)])
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_the_probe_counts_each_matrix(scan):
+def test_the_probe_counts_each_matrix():
     model = tiny.model("llama", num_hidden_layers=2)
     result = fit(
-        objective, model, [BATCH], TrainConfig(steps=4, eval_every=1, scan_layers=scan, progress=False),
+        objective, model, [BATCH], TrainConfig(steps=4, eval_every=1, scan_layers=True, progress=False),
         key=jax.random.key(0), evaluate=sparsity_probe([0.1, 0.4]),
     )  # fmt: skip
     last = [record for record in result.history if record["kind"] == "eval"][-1]

@@ -32,8 +32,8 @@ def two_four(rows=16, outs=5, seed=0):
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_masked_models_save_their_zeros_and_masks_and_come_back(name, tmp_path):
     """GPT-2's query, key and value are one transposed tensor of the file; each has its own mask."""
-    pruned = prune(tiny.model(name), sparsity=0.4)
-    dense = tiny.model(name)  # the masks over weights that are not zero below
+    pruned = prune(tiny.model(name, num_hidden_layers=1), sparsity=0.4)
+    dense = tiny.model(name, num_hidden_layers=1)  # the masks over weights that are not zero below
     masked = weights.add_masks(dense, pruned.masks)
     jf.save(masked, tmp_path / "masked")
     again = jf.load(tmp_path / "masked")
@@ -118,9 +118,9 @@ def test_gradients_reach_the_values_that_stand_there():
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_models_without_their_zeros_save_train_and_come_back(name, tmp_path):
-    pruned = prune(tiny.model(name), keep_n=2, m=4)
+def test_models_without_their_zeros_save_train_and_come_back(tmp_path):
+    """GPT-2, whose file holds three kernels in one tensor, transposed."""
+    pruned = prune(tiny.model("gpt2", num_hidden_layers=1), keep_n=2, m=4)
     packed = weights.pack_nm(pruned.model, 2, 4)
     assert isinstance(packed.layers[0].mlp.up.kernel.get_value(), NMSparse)
     np.testing.assert_allclose(logits(packed), logits(pruned.model), atol=1e-6)
