@@ -38,6 +38,7 @@ _OPT = {"model_type": "opt", "vocab_size": 50272, "max_position_embeddings": 204
 # What config.json of well-known models says, for machines without a network. Names are compared without their owner.
 NAMED: dict[str, dict[str, Any]] = {
     "bert-base-uncased": _sizes("bert", 768, 12, 12, 3072, architectures=["BertForMaskedLM"]),
+    "bert-base-cased": _sizes("bert", 768, 12, 12, 3072, vocab_size=28996, architectures=["BertForMaskedLM"]),
     "bert-large-uncased": _sizes("bert", 1024, 24, 16, 4096, architectures=["BertForMaskedLM"]),
     "roberta-large": _sizes("roberta", 1024, 24, 16, 4096, **_XLMR | {"vocab_size": 50265}),
     "paraphrase-multilingual-mpnet-base-v2": _sizes("xlm-roberta", 768, 12, 12, 3072, **_XLMR),

@@ -213,27 +213,34 @@ def proposals(
                 yield part, layer, index
 
 
+def candidate(model: nnx.Module, k: int | None, losses: Losses | None = None) -> Callable[..., tuple[jax.Array, Any]]:
+    """``run(params, batch, masks, hard) -> (losses of the samples, their classes)``: the structure as arrays, ``masks``
+    as :func:`masks_of` gives them and ``hard`` {site of the probabilities: bool}; masks None: the model as it is."""
+    apply, _ = functional(model)
+    own = losses or sample_losses
+
+    def run(params: Any, batch: Any, masks: Any, hard: Any) -> tuple[jax.Array, jax.Array | None]:
+        if masks is None:
+            out = apply(params, _inputs(batch))
+        else:
+            forward = gates.gated(apply, model, ("heads", "ffn", "sublayers"))
+            if k is not None:
+                harden = lambda probs, on: jnp.where(on, nn.keep_largest(probs, k), probs)
+                forward = sites.edit(forward, {"layers.*.attention.probs": sites.Each(harden, hard)})
+            out = forward(params, _inputs(batch), masks)
+        classes = out.logits.argmax(-1) if out.logits is not None and out.logits.ndim == 2 else None
+        return own(out, batch).astype(jnp.float32), classes
+
+    return run
+
+
 def evaluator(
     model: nnx.Module, data: Mapping[str, np.ndarray], *, k: int | None, batch_size: int, losses: Losses | None = None
 ) -> Callable[[Structure | None], tuple[float, np.ndarray, np.ndarray | None]]:
     """``structure -> (loss, losses of the samples, their classes)`` on ``data``; compiled once. ``k`` None: structures
     without hard attention, which leaves all attention its fused path. A structure None: the model as it is."""
-    apply, params = functional(model)
-    own = losses or sample_losses
-
-    def one(params: Any, batch: Any, masks: Any, hard: Any) -> tuple[jax.Array, jax.Array | None]:
-        if masks is None:
-            forward = lambda params, inputs, _: apply(params, inputs)
-        else:
-            forward = run = gates.gated(apply, model, ("heads", "ffn", "sublayers"))
-        if masks is not None and k is not None:
-            harden = lambda probs, on: jnp.where(on, nn.keep_largest(probs, k), probs)
-            forward = sites.edit(run, {"layers.*.attention.probs": sites.Each(harden, hard)})
-        out = forward(params, _inputs(batch), masks)
-        classes = out.logits.argmax(-1) if out.logits is not None and out.logits.ndim == 2 else None
-        return own(out, batch).astype(jnp.float32), classes
-
-    program = jax.jit(one)
+    params = functional(model)[1]
+    program = jax.jit(candidate(model, k, losses))
     rows = len(next(iter(data.values())))
     size = min(batch_size, rows)
     parts = []
