@@ -43,13 +43,14 @@ class Config:
     data: Path | None = None
     model: str | None = None
     grid: int = 8
-    width: int = 64
+    width: int = 48
     layers: int = 4
     heads: int = 4
-    steps: int = 500
-    batch: int = 64
-    rate: float = 1e-3
-    shift: int = 4
+    std: float = 0.1
+    steps: int = 1500
+    batch: int = 32
+    rate: float = 3e-3
+    shift: int = 3
     budgets: tuple[float, ...] = (0.65, 0.5)
     held_in: int = 256
     trials: int = 12
@@ -168,7 +169,8 @@ def trained(config: Config, data: Images, seed: int) -> nnx.Module:
     pixels = data.read(np.arange(len(data.labels)))
     shape = vit.Config(
         hidden_size=config.width, num_hidden_layers=config.layers, num_attention_heads=config.heads,
-        intermediate_size=4 * config.width, image_size=pixels.shape[2:], num_channels=pixels.shape[1],
+        intermediate_size=2 * config.width, initializer_range=config.std,
+        image_size=pixels.shape[2:], num_channels=pixels.shape[1],
         patch_size=(pixels.shape[2] // config.grid, pixels.shape[3] // config.grid),
         num_labels=int(data.labels.max()) + 1,
     )  # fmt: skip
