@@ -1,5 +1,6 @@
 """Making models smaller: quantisation, pruning, distillation, fewer layers. Each system is a module; verbs are here."""
 
+from jaxformers.compress.axformer import specialise
 from jaxformers.compress.depth import block_influence, macro_influence, remove_layers
 from jaxformers.compress.essential_sparsity import prune
 from jaxformers.compress.fusegpt import FuseConfig, fuse_layers
@@ -7,6 +8,7 @@ from jaxformers.compress.gptq import dequantize, gptq, quantize_checkpoint  # gp
 from jaxformers.compress.rmsnorm import convert_norm, convert_norm_checkpoint, verify_norm
 from jaxformers.compress.sparsity_curve import lottery_ticket, mask_similarity, sparsity_sweep
 from jaxformers.compress.x_ecomla import upcycle_mla
+from jaxformers.compress.zero_tprune import prune_tokens
 
 __all__ = [
     "FuseConfig",
@@ -20,9 +22,11 @@ __all__ = [
     "macro_influence",
     "mask_similarity",
     "prune",
+    "prune_tokens",
     "quantize_checkpoint",
     "remove_layers",
     "sparsity_sweep",
+    "specialise",
     "upcycle_mla",
     "verify_norm",
 ]

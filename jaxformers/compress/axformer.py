@@ -37,7 +37,8 @@ from jaxformers import compaction, gates, nn, sites
 from jaxformers.atomic import write_text_atomic
 from jaxformers.compress.axformer_structure import Structure, hard_layers, masks_of
 from jaxformers.functional import functional
-from jaxformers.train import FitResult, TrainConfig, fit
+from jaxformers.mesh import batch_ways
+from jaxformers.train import FitResult, TrainConfig, fit, placement
 
 log_ = logging.getLogger(__name__)
 ELEMENTS = ("hard_attention", "blocks", "heads", "neuron_groups")
@@ -101,7 +102,7 @@ def specialise(
     default the last first. ``budget``: evaluations at most, those in the log and the first included. ``log``: a file
     of JSON lines, one a trial, replaced as a whole each time; a search found there goes on where it stopped.
     ``losses``: another loss of each sample, ``losses(output, batch) -> (B,)``. ``test``: what is reported on later,
-    given only to be compared: it must not be the validation set.
+    given only to be compared: it must not be the validation set. A model on a mesh is evaluated on all its devices.
 
     Raises ValueError: no samples, or the test set as validation; targets missing; an unknown element; an option out of
     range; ``group_size`` that does not divide a layer's FFN; a model without a stack of attention and FFN blocks; a
@@ -240,15 +241,17 @@ def evaluator(
     """``structure -> (loss, losses of the samples, their classes)`` on ``data``; compiled once. ``k`` None: structures
     without hard attention, which leaves all attention its fused path. A structure None: the model as it is."""
     params = functional(model)[1]
+    mesh = placement.mesh_of(params)  # weights on a mesh: each device has its share of the samples
     program = jax.jit(candidate(model, k, losses))
     rows = len(next(iter(data.values())))
     size = min(batch_size, rows)
+    whole = size if mesh is None else -(-size // batch_ways(mesh)) * batch_ways(mesh)
     parts = []
     for start in range(0, rows, size):
         part = {name: array[start : start + size] for name, array in data.items()}
-        pad = size - len(next(iter(part.values())))
-        padded = {name: np.concatenate([array, array[:1].repeat(pad, 0)]) for name, array in part.items()}
-        parts.append((jax.device_put(padded), size - pad))
+        real = len(next(iter(part.values())))
+        padded = {name: np.concatenate([array, array[:1].repeat(whole - real, 0)]) for name, array in part.items()}
+        parts.append((placement.put_batch(padded, mesh), real))
 
     def evaluate(structure: Structure | None) -> tuple[float, np.ndarray, np.ndarray | None]:
         masks = hard = None

@@ -104,7 +104,7 @@ def pruner(model: nnx.Module) -> tuple[Callable[..., Pruned], dict[str, Any]]:
     return apply, nnx.to_pure_dict(state)
 
 
-def prune(
+def prune_tokens(
     model: nnx.Module | str | Path,
     images: Any,
     schedule: Iterable[Stage] = DEIT_S,

@@ -105,15 +105,24 @@ def uniform_schedule(
     if blocks is None:
         blocks = sorted({round(float(b)) for b in np.linspace(1, max(depth - 1, 1), 5)})
     size = model.config.image_size if shape is None else shape[1:]
-    for percent in range(100, 0, -1):
-        left, schedule = zt.patch_count(model, size), []
+    patches, most = zt.patch_count(model, size), budget * counter(())
+
+    def with_rate(percent: int) -> tuple[Stage, ...]:
+        left, schedule = patches, []
         for block in blocks:
-            stage = Stage(int(block), int(remove * left), percent / 100, votes_at(block, depth))
-            schedule.append(stage)
-            left = kept_patches(stage, left)
-        if counter(tuple(schedule)) <= budget * counter(()):
-            return tuple(schedule)
-    raise ValueError(f"budget: no keep rate behind blocks {tuple(blocks)} brings the multiply-adds down to {budget}")
+            schedule.append(Stage(int(block), int(remove * left), percent / 100, votes_at(block, depth)))
+            left = kept_patches(schedule[-1], left)
+        return tuple(schedule)
+
+    if counter(with_rate(1)) > most:
+        raise ValueError(
+            f"budget: no keep rate behind blocks {tuple(blocks)} brings the multiply-adds down to {budget}"
+        )
+    fits, beyond = 1, 101  # the largest rate that fits is in [fits, beyond)
+    while beyond - fits > 1:
+        middle = (fits + beyond) // 2
+        fits, beyond = (middle, beyond) if counter(with_rate(middle)) <= most else (fits, middle)
+    return with_rate(fits)
 
 
 def search(
@@ -264,11 +273,19 @@ def _counter(model: nnx.Module, shape: tuple[int, ...] | None) -> Callable[[tupl
     specials = jax.eval_shape(apply, params, images).tokens.shape[1] - patches
     dense = cost(apply, params, images).macs
 
+    blocks = [nnx.split(block) for block in model.layers]
+    kinds = [
+        (str(jax.tree.structure(state)), *((a.shape, a.dtype) for a in jax.tree.leaves(state))) for _, state in blocks
+    ]
+
     @functools.cache
-    def block(i: int, tokens: int) -> float:
-        graph, state = nnx.split(model.layers[i])
+    def of_kind(kind: int, tokens: int) -> float:
+        graph, state = blocks[kind]
         x = jax.ShapeDtypeStruct((1, tokens, config.hidden_size), jnp.float32)
         return cost(lambda state, x: nnx.merge(graph, state)(x)[0], state, x).macs
+
+    def block(i: int, tokens: int) -> float:
+        return of_kind(kinds.index(kinds[i]), tokens)  # blocks of equal shapes cost the same
 
     def count(schedule: tuple[Stage, ...]) -> float:
         plan, left, total = {stage.block: stage for stage in schedule}, patches, dense

@@ -74,6 +74,15 @@ def test_losses_of_many_structures(oracles, bert):
     assert evaluate.program._cache_size() == 1
 
 
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")
+def test_samples_are_spread_over_a_mesh(oracles):
+    arrays, options, data = read(oracles, "structures")
+    model = jf.load(oracles / "axformer" / "model", mesh=jf.mesh("data=8"))
+    evaluate = axformer.evaluator(model, data, k=options["K"], batch_size=128)
+    _, each, _ = evaluate(structure_of(model, options["structures"][8], options["K"], options["group"]))
+    np.testing.assert_allclose(each, arrays["sample_loss8"], rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("i", [2, 5, 8])
 def test_models_without_what_a_structure_removes(oracles, bert, i, tmp_path):
     """Logits of the official simulation, from a model in which the parts are gone; saved and read again."""

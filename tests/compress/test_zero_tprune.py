@@ -86,7 +86,7 @@ def test_a_pruned_model(oracles, kind):
     schedule = tuple(Stage(int(block), s["r"], s["keep_rate"], s["votes"]) for block, s in given.items())
     directory = oracles / "backbones" / kind
     images = arrays["pixel_values"].astype(np.float32)
-    found = zt.prune(directory, images, schedule)
+    found = zt.prune_tokens(directory, images, schedule)
     for block in (1, 2):
         expected = arrays[f"kept_after_block_{block}"]
         assert (found.kept[block] == expected).all() and found.scores[block].shape == expected.shape
@@ -95,7 +95,7 @@ def test_a_pruned_model(oracles, kind):
     np.testing.assert_allclose(found.output.last_hidden_state, hidden, rtol=0, atol=2e-4)
     both = np.take_along_axis(arrays["kept_after_block_1"], arrays["kept_after_block_2"], 1)
     assert (found.tokens == both).all()
-    dense = zt.prune(jf.load(directory), images, ())
+    dense = zt.prune_tokens(jf.load(directory), images, ())
     np.testing.assert_allclose(dense.output.logits, arrays["dense_logits"], rtol=0, atol=2e-4)
 
 
@@ -127,7 +127,7 @@ def vit():
 
 @pytest.fixture(scope="module")
 def pruned(vit):
-    return zt.prune(vit, IMAGES, SCHEDULE, Options(graph="matrix"))
+    return zt.prune_tokens(vit, IMAGES, SCHEDULE, Options(graph="matrix"))
 
 
 @pytest.fixture(scope="module")
@@ -185,14 +185,14 @@ def test_scores_from_queries_and_keys_are_those_of_the_matrix():
 
 
 def test_a_model_pruned_by_column_sums_is_the_same(vit, pruned):
-    sums = zt.prune(vit, IMAGES, SCHEDULE, Options(graph="column_sums"))
+    sums = zt.prune_tokens(vit, IMAGES, SCHEDULE, Options(graph="column_sums"))
     assert (pruned.tokens == sums.tokens).all()
     np.testing.assert_allclose(pruned.output.logits, sums.output.logits, atol=1e-5)
 
 
 def test_nothing_to_prune_changes_nothing(vit):
     dense = jax.jit(jf.functional(vit)[0])(jf.functional(vit)[1], {"pixel_values": IMAGES})
-    found = zt.prune(vit, IMAGES, (Stage(1, 0, 1.0, 30), Stage(3, 0, 1.0, 1)))
+    found = zt.prune_tokens(vit, IMAGES, (Stage(1, 0, 1.0, 30), Stage(3, 0, 1.0, 1)))
     np.testing.assert_allclose(found.output.logits, dense.logits, rtol=0, atol=1e-5)
     assert (found.tokens == np.arange(37)).all()
 
@@ -333,7 +333,7 @@ def test_adapted_models_are_pruned_too(vit, pruned):
     """A low-rank update and adapters that start at zero."""
     changed = jf.weights.add_lora(vit, rank=2, key=jax.random.key(0))
     changed = jf.nn.add_adapters(changed, "layers.1.mlp.down", size=4, key=jax.random.key(1))
-    other = zt.prune(changed, IMAGES, SCHEDULE)
+    other = zt.prune_tokens(changed, IMAGES, SCHEDULE)
     assert (pruned.tokens == other.tokens).all()
     np.testing.assert_allclose(pruned.output.logits, other.output.logits, atol=1e-5)
 
@@ -360,7 +360,7 @@ def test_adapted_models_are_pruned_too(vit, pruned):
 )
 def test_schedules_that_do_not_fit(vit, schedule, options, message):
     with pytest.raises(ValueError, match=message):
-        zt.prune(vit, IMAGES, schedule, Options(**options))
+        zt.prune_tokens(vit, IMAGES, schedule, Options(**options))
 
 
 @pytest.mark.parametrize(
@@ -398,6 +398,6 @@ def test_other_models_and_inputs_are_refused(vit):
     with pytest.raises(ValueError, match="'pixel_mask' says that images are padded"):
         apply(params, {"pixel_values": IMAGES, "pixel_mask": np.ones((3, 24, 24))})
     with pytest.raises(ValueError, match="images of several sizes"):
-        zt.prune(vit, [IMAGES[0], IMAGES[0, :, :12]], SCHEDULE)
+        zt.prune_tokens(vit, [IMAGES[0], IMAGES[0, :, :12]], SCHEDULE)
     with pytest.raises(ValueError, match="pixel_values: expected"):
-        zt.prune(vit, IMAGES[0], SCHEDULE)
+        zt.prune_tokens(vit, IMAGES[0], SCHEDULE)

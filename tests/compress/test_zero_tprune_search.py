@@ -71,7 +71,7 @@ def test_masking_tokens_is_pruning_them(vit):
         lambda numbers: apply(params, {"pixel_values": IMAGES}, numbers, options=options, key=jax.random.key(0))
     )
     for schedule in ((Stage(1, 4, 0.9, 8), Stage(2, 3, 0.6, 2)), (Stage(2, 6, 0.5, 1),)):
-        real = zt.prune(vit, IMAGES, schedule, options).output.logits
+        real = zt.prune_tokens(vit, IMAGES, schedule, options).output.logits
         np.testing.assert_allclose(run(zs.counts_of(schedule, (1, 2), 36)), real, rtol=0, atol=2e-5)
     assert run._cache_size() == 1
 
@@ -87,8 +87,8 @@ def test_search_keeps_to_the_budget_and_returns_the_best(vit):
         assert all(stage.block in (1, 2) for stage in trial.schedule)
     assert best == zs.pareto(trials) and set(best) <= set(trials)
     assert all(not any(t.macs <= b.macs and t.accuracy > b.accuracy for t in trials) for b in best)
-    whole = zt.prune(vit, images, ()).output.logits.argmax(-1)  # without labels: agreement with the dense model
-    pruned = zt.prune(vit, images, best[-1].schedule).output.logits.argmax(-1)
+    whole = zt.prune_tokens(vit, images, ()).output.logits.argmax(-1)  # without labels: agreement with the dense model
+    pruned = zt.prune_tokens(vit, images, best[-1].schedule).output.logits.argmax(-1)
     assert best[-1].accuracy == pytest.approx(float((whole == pruned).mean()))
 
 
