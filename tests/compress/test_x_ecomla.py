@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import assert_close
@@ -25,23 +26,23 @@ FILES = ("gqa_rank16", "gqa_full_rank", "gqa_yarn_dynamic", "mha_latent_norm")
 
 @pytest.fixture(scope="module", params=FILES)
 def case(request, oracles):
-    """(the source as a llama of one layer, the options of the conversion, what was found)."""
+    """(the source as a llama of one layer, the options of the conversion, what was found, and its sizes)."""
     with np.load(oracles / "x_ecomla" / f"{request.param}.npz") as z:
         arrays = {name: z[name].astype(np.float32) if z[name].dtype == np.float64 else z[name] for name in z.files}
     o = json.loads(str(arrays["options"]))
     scaling = o.get("rope_scaling")
     source = llama.Config(
-        vocab_size=5, hidden_size=o["D"], num_hidden_layers=3, num_attention_heads=o["nh"], head_dim=o["dh"],
+        vocab_size=5, hidden_size=o["D"], num_hidden_layers=1, num_attention_heads=o["nh"], head_dim=o["dh"],
         num_key_value_heads=o["nkv"], intermediate_size=4,
         rotary=scaling and nn.Rotary(o["dh"], o["theta"], "llama3", scaling["factor"], 8192),
     )  # fmt: skip
     model = jf.init(source, key=jax.random.key(0))
-    attention = model.layers[1].attention
+    attention = model.layers[0].attention
     for name, theirs in (("query", "W_q"), ("key", "W_k"), ("value", "W_v"), ("out", "W_o")):
         getattr(attention, name).kernel.set_value(jnp.asarray(arrays[theirs].T))
     options = {
         "d_n": o["dn"], "d_r": o["dr"], "query_rank": o["rq"], "kv_rank": o["rkv"], "query_energy": o.get("qe"),
-        "kv_energy": o.get("kve"), "latent_norm": bool(o.get("ln")), "mla_layers": [1],
+        "kv_energy": o.get("kve"), "latent_norm": bool(o.get("ln")), "fixed_ends": False,
     }  # fmt: skip
     return model, options, arrays, o
 
@@ -49,7 +50,7 @@ def case(request, oracles):
 def test_matrices_ranks_and_errors_are_the_official_ones(case):
     model, options, expected, o = case
     report: list[LayerReport] = []
-    layer = upcycle_mla(model, **options, report=report).layers[1].attention
+    layer = upcycle_mla(model, **options, report=report).layers[0].attention
     kernel = lambda name: np.asarray(getattr(layer, name).kernel.get_value()).T
     down = kernel("kv_down")
     assert (report[0].query_rank, report[0].kv_rank) == (o["q_rank"], o["kv_rank"])
@@ -62,6 +63,11 @@ def test_matrices_ranks_and_errors_are_the_official_ones(case):
     assert_close(singular, expected["sigma_kv"][: layer.rank], 1e-4)
     assert report[0].query_error == pytest.approx(float(expected["recon_err_q"]), abs=1e-4)
     assert report[0].kv_error == pytest.approx(float(expected["recon_err_kv"]), abs=1e-4)
+    if o["kv_rank"] == 32:  # full rank: what is projected without positions is what the source projects
+        sizes = Sizes(o["nh"], o["nkv"], o["dh"], o["dn"], o["dr"])
+        assert_close(kernel("query_up") @ kernel("query_down"), sizes.query_rows(expected["W_q"]), 1e-5)
+        rows = sizes.kv_rows(expected["W_k"], expected["W_v"])
+        assert_close(kernel("kv_up") @ down[: layer.rank], rows, 1e-5)
     assert report[0].cache == o["kv_rank"] + o["dr"] and report[0].cache_before == 2 * o["nkv"] * o["dh"]
     assert f"{report[0].cache / report[0].cache_before:.1%}" in report_table(report)
     assert layer.scale == pytest.approx(float(expected["softmax_scale"]))
@@ -70,7 +76,7 @@ def test_matrices_ranks_and_errors_are_the_official_ones(case):
 def test_the_layer_is_the_official_one_with_its_own_positions(case):
     """Attention within the model: the rotation comes from the positions that the model hands on."""
     model, options, expected, o = case
-    layer = upcycle_mla(model, **options).layers[1].attention
+    layer = upcycle_mla(model, **options).layers[0].attention
     names = {"query_down": "q_a_proj", "query_up": "q_b_proj", "kv_down": "kv_a_proj_with_mqa", "kv_up": "kv_b_proj"}
     for name, theirs in names.items():  # their factors: signs are arbitrary, and norms see them
         getattr(layer, name).kernel.set_value(jnp.asarray(expected[f"mla.{theirs}.weight"].T))
@@ -162,7 +168,7 @@ def test_sixteen_steps_over_hybrid_caches_equal_the_full_pass(hybrid, form):
         batch = {"input_ids": ids[:, part], "attention_mask": mask[:, part], "position_ids": places[:, part]}
         out = step(params, {**batch, "cache": cache})
         cache = out.cache
-        assert_close(out.logits, full[:, part], 2e-5, mask[:, part] == 1)
+        assert_close(out.logits, full[:, part], 1e-5, mask[:, part] == 1)
 
 
 def test_generation_and_the_bytes_of_its_cache(hybrid):
@@ -193,7 +199,8 @@ def test_heads_are_cut_and_the_latent_is_not(hybrid):
 def test_ragged_ranks_save_and_load(tmp_path):
     report: list[LayerReport] = []
     options = {"query_rank": 64, "kv_rank": 48, "query_energy": 0.9, "kv_energy": 0.6, "rope_layout": "half"}
-    model = upcycle_mla(small(), d_n=8, d_r=6, **options, report=report)
+    source = small(head_dim=24)  # heads of other sizes than the width suggests
+    model = upcycle_mla(source, d_n=8, d_r=6, **options, report=report)
     ranks = [(r.query_rank, r.kv_rank) for r in report]
     assert ranks[0] == ranks[2] == (64, 48) and ranks[1][0] < 64 and ranks[1][1] < 48 and ranks[1][1] % 8 == 0
     assert all(a.rank == r[1] and not a.interleaved for a, r in zip([b.attention for b in model.layers], ranks))
@@ -206,7 +213,7 @@ def test_ragged_ranks_save_and_load(tmp_path):
     jf.save(again, tmp_path / "twice")
     config, second = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("m", "twice"))
     assert config == second
-    everywhere = upcycle_mla(small(), d_n=8, d_r=6, **options, fixed_ends=False)
+    everywhere = upcycle_mla(source, d_n=8, d_r=6, **options, fixed_ends=False)
     assert all(block.attention.rank < 48 for block in everywhere.layers)
 
     for damage, message in (({"0": [8]}, "ranks of x_ecomla must be"), ({"7": [8, 8]}, "layers 0 to 2, got 7")):
@@ -218,11 +225,11 @@ def test_ragged_ranks_save_and_load(tmp_path):
 
 def test_quantised_projections_decode_from_the_latent_cache(tmp_path):
     """X-EcoMLA, then GPTQ of every projection, then a file of both, then absorbed decoding."""
-    options = {"intermediate_size": 64, "num_hidden_layers": 2}
-    model = upcycle_mla(small(**options), **RANKS)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = upcycle_mla(small(**sizes), d_n=4, d_r=8, kv_rank=32, query_rank=32)
     ids = np.random.default_rng(0).integers(1, 20, (4, 12))
     packed = gptq(model, ids, bits=4)
-    attention = packed.layers[1].attention
+    attention = packed.layers[0].attention
     names = ("query_down", "query_up", "kv_down", "kv_up", "out")
     kinds = [type(getattr(attention, n).kernel.get_value()).__name__ for n in names]
     assert kinds == ["PackedWeight"] * 5 and isinstance(packed.empty_cache(1, 4).layers["0"], nn.Latent)
@@ -237,7 +244,8 @@ def test_quantised_projections_decode_from_the_latent_cache(tmp_path):
 
 def test_random_start_and_low_rank_updates(hybrid):
     source, _ = hybrid
-    one, same, other = (upcycle_mla(source, **RANKS, init="random", key=jax.random.key(k)) for k in (0, 0, 1))
+    draw = lambda k: upcycle_mla(source, **RANKS, mla_layers=[1], init="random", key=jax.random.key(k))
+    one, same, other = draw(0), draw(0), draw(1)
     kernel = lambda m: np.asarray(m.layers[1].attention.kv_down.kernel.get_value())
     assert np.array_equal(kernel(one), kernel(same)) and not np.array_equal(kernel(one), kernel(other))
     assert kernel(one).shape == (64, 40) and 0.9 / 8 < np.abs(kernel(one)).max() <= 1 / 8
@@ -245,7 +253,7 @@ def test_random_start_and_low_rank_updates(hybrid):
     weight = lora.layers[1].attention.key.kernel.get_value()
     weight = dataclasses.replace(weight, b=jnp.ones_like(weight.b))
     lora.layers[1].attention.key.kernel.set_value(weight)
-    full = upcycle_mla(lora, d_n=8, d_r=8, kv_rank=64).layers[1].attention
+    full = upcycle_mla(lora, d_n=8, d_r=8, kv_rank=64, mla_layers=[1]).layers[1].attention
     up, down = (np.asarray(getattr(full, n).kernel.get_value()) for n in ("kv_up", "kv_down"))
     keys = (down[:, :64] @ up).reshape(64, 4, 24)[:, ::2, :8]
     assert full.query is not None and full.query_down is None
@@ -285,13 +293,15 @@ def test_bad_arguments(hybrid, number):
 
 def test_bad_models(hybrid):
     refused = lambda model, **options: upcycle_mla(model, **RANKS | options)
+    biased = jf.surgery.copy(hybrid[0])
+    biased.layers[0].attention.query.bias = nnx.Param(np.zeros(64, np.float32))
     with pytest.raises(ValueError, match="layers.0.attention.query has a bias"):
-        refused(small(attention_bias=True))
+        refused(biased)
     with pytest.raises(ValueError, match="layers.0.attention is LatentAttention"):
         refused(hybrid[1])
     with pytest.raises(ValueError, match="expected a decoder with rotary positions"):
         refused(tiny.model("gpt2"))
-    windowed = small()
+    windowed = jf.surgery.copy(hybrid[0])
     windowed.layers[1].attention.window = 4
     with pytest.raises(ValueError, match="layers.1.attention has a window"):
         refused(windowed)
