@@ -67,8 +67,14 @@ def trained(
         initializer_range=0.05,
         tie_word_embeddings=True,
     )
+    model = fitted(shape, stream(texts, tokenizer), length=length, steps=steps, batch=batch, rate=rate, seed=seed)
+    return model, tokenizer
+
+
+def fitted(shape: Any, ids: np.ndarray, *, length: int, steps: int, batch: int, rate: float, seed: int) -> nnx.Module:
+    """A causal language model of the Config ``shape``, trained from nothing on windows of the stream ``ids``."""
     model = jf.init(shape, head="causal_lm", key=jax.random.key(seed))
-    data = batches.token_batches(stream(texts, tokenizer), length, batch, seed=seed)
+    data = batches.token_batches(ids, length, batch, seed=seed)
     optim = OptimConfig(learning_rate=rate, schedule="cosine", warmup=0.05, weight_decay=0.1)
     settings = TrainConfig(steps=steps, optim=optim, scan_layers=True, log_every=max(1, steps // 10))
 
@@ -76,4 +82,4 @@ def trained(
         logits = apply(params, batch, rngs=key).logits
         return losses.cross_entropy(logits[:, :-1], batch["input_ids"][:, 1:]), {}
 
-    return fit(next_token, model, data, settings, key=jax.random.key(seed)).model, tokenizer
+    return fit(next_token, model, data, settings, key=jax.random.key(seed)).model

@@ -37,6 +37,7 @@ from jaxformers import compress, hub
 from jaxformers.atomic import write_json_atomic
 from jaxformers.compress.block import Settings
 from jaxformers.compress.gptq import calibration_ids
+from jaxformers.compress.rmsnorm import norm_form
 from jaxformers.compress.sweep import fingerprint
 from jaxformers.cost import cost, latency
 from jaxformers.evaluation import perplexity, windows_of_file
@@ -178,6 +179,11 @@ def _plain(function: Callable, *without: str) -> Method:
 
 ALWAYS = lambda options: True  # noqa: E731
 METHODS: dict[str, Method] = {
+    "convert_norm": Method(
+        ("target", "fold_affine", "pad", "streams"),
+        lambda options: norm_form(**{name: value for name, value in options.items() if name != "streams"}),
+        lambda model, options, data: compress.convert_norm(model, **options),
+    ),
     "dequantize": Method((), lambda options: None, lambda model, options, data: compress.dequantize(model)),
     "fusegpt": Method(_fields(compress.FuseConfig), _fuse_config, _fuse, ALWAYS),
     "gptq": Method(

@@ -15,7 +15,8 @@ coordinate says nothing that the others do not (section 3.3). No data, no traini
     plain = jf.compress.convert_norm(model, "zero-mean-ln")     # an ordinary checkpoint of its class
     train = jf.compress.convert_norm(model, "rms", on_the_fly=True)            # trains as the Pre-LN model would
 
-The arithmetic is in rmsnorm_fold.py; which weights write and read is told by :mod:`jaxformers.residual`.
+The arithmetic is in rmsnorm_fold.py, what does not go in rmsnorm_checks.py; which weights write and read is told by
+:mod:`jaxformers.residual`.
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ import numpy as np
 from flax import nnx
 
 from jaxformers import hub, paths, residual, surgery
+from jaxformers.compress import rmsnorm_checks as checks
 from jaxformers.compress import rmsnorm_fold as folding
 from jaxformers.compress.rmsnorm_fold import Form
 from jaxformers.functional import functional
@@ -74,8 +76,7 @@ def convert_norm(
     change, dropout on the stream or layer scale in the form for training, options that do not go together, outputs that
     differ.
     """
-    fold = target == "crms" if fold_affine is None else fold_affine
-    wanted = Form(target, fold, pad, on_the_fly)
+    wanted = norm_form(target, fold_affine, pad, on_the_fly)
     found = residual.streams(model)
     if not found:
         raise ValueError(f"model: {type(model).__name__} has no residual stream")
@@ -84,10 +85,10 @@ def convert_norm(
         known = ", ".join(repr(stream.path) for stream in found)
         raise ValueError(f"streams: {streams!r} matches none of the model's residual streams; there are {known}")
     new, before = surgery.copy(model), forms(model)
-    _refuse(folding.changed(new, stream) for stream in found if stream.path in chosen or stream.path in before)
+    _refuse(checks.changed(new, stream) for stream in found if stream.path in chosen or stream.path in before)
     for path, form in before.items():
         folding.undo(new, path, form)
-    _refuse(folding.refusal(new, folding.stream_at(new, path), wanted) for path in chosen)
+    _refuse(checks.refusal(new, folding.stream_at(new, path), wanted) for path in chosen)
     after = {path: form for path, form in before.items() if path not in chosen}
     for path in chosen:
         stream, form = folding.stream_at(new, path), wanted
@@ -99,6 +100,13 @@ def convert_norm(
     if verify is not False:
         verify_norm(model, new, None if verify is True else verify)
     return new
+
+
+def norm_form(
+    target: str = "rms", fold_affine: bool | None = None, pad: bool = False, on_the_fly: bool = False
+) -> Form:
+    """The options of :func:`convert_norm`, checked. Raises ValueError for those that do not go together."""
+    return Form(target, target == "crms" if fold_affine is None else fold_affine, pad, on_the_fly)
 
 
 def _refuse(reasons: Iterable[str]) -> None:

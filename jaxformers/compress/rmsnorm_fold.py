@@ -63,66 +63,7 @@ def original(model: nnx.Module, stream: Stream, form: Form) -> Form:
     return dataclasses.replace(form, affine=all(norm.scale is not None for norm in norms), scaled=scaled)
 
 
-def changed(model: nnx.Module, stream: Stream) -> str:
-    """Which of the weights that are to change is no plain array, and what to do about it; "" when all are."""
-    exits = (reader for way in stream.exits for reader in way.readers)
-    branches = (path for branch in stream.branches for path in (*branch.writers, *branch.readers))
-    for path in (*branches, *exits):
-        kernel = getattr(at(model, path), "kernel", None)
-        kernel = None if kernel is None else kernel.get_value()
-        if weights.is_typed(kernel):
-            return f"{path} has a {type(kernel).__name__}; merge low-rank updates before, quantise and prune afterwards"
-    for path in (writer for branch in stream.branches for writer in branch.writers):
-        if getattr(at(model, path), "adapter", None) is not None:
-            return f"{path} has an adapter, which reads and writes what is to be recentred"
-    return ""
-
-
-def refusal(model: nnx.Module, stream: Stream, form: Form) -> str:
-    """Why ``stream``, whose norms must be LayerNorms, cannot take ``form``; "" when it can."""
-    where = f"the stream of {stream.path or type(model).__name__}"
-    if not stream.prenorm:
-        return f"{where} is post-norm: the output of its norms, γ and β included, is the residual stream itself"
-    own = [norm for norm in stream.norms if norm != stream.entry_norm]
-    if any(isinstance(at(model, norm), nn.RMSNorm) for norm in own):
-        return f"{where} has RMSNorm already, and its vectors have a mean that RMSNorm reads"
-    for way in stream.exits:
-        reader = way.by or next(iter(way.readers), "the output projection" if way.tied else "")
-        if way.norm is None and reader:
-            return f"{where} is read by {reader} without a norm, which sees the mean that would be taken away"
-        scale = way.norm and at(model, way.norm).scale
-        if scale is not None and scale.get_value().shape[-1] != stream.width:
-            return f"{where} is read by {way.norm} several vectors at a time, which sees that their means differ"
-    if form.target == "zero-mean-ln" and not stream.linear:
-        return f"{where} starts behind {stream.entry_norm or stream.entry}, where LayerNorm models recentre nothing"
-    if form.target == "zero-mean-ln" and form.fold:
-        readers = [r for norm, rs in _folded(model, stream).items() if at(model, norm).scale is not None for r in rs]
-        bare = [r for r in readers if at(model, r).bias is None]
-        bare += ["the output projection"] if stream.table_again == "exit" else []
-        if bare:
-            return f"fold_affine: {bare[0]} has no bias to take up β in an ordinary checkpoint; leave it out"
-    if form.on_the_fly:
-        return _no_training(model, stream, where)
-    if not stream.linear and _entry_hook(model, stream) is None:
-        return f"{where} starts in {stream.entry}, which has no place to recentre it"
-    return ""
-
-
-def _no_training(model: nnx.Module, stream: Stream, where: str) -> str:
-    if any(branch.scale is not None for branch in stream.branches):
-        return f"{where} has a layer scale behind its branches, which would give them a mean again"
-    rate = max(stream.rate, *(branch.rate for branch in stream.branches))
-    if rate > 0:
-        return (
-            f"{where} has dropout ({rate}) on what is added to it, which would give it a mean again: load the model "
-            "with hidden_dropout_prob=0 (and embedding_dropout_prob=0)"
-        )
-    if _entry_hook(model, stream) is None and not _all_linear(model, stream):
-        return f"{where} starts in {stream.entry or 'the model'}, which has no place to recentre it in every pass"
-    return ""
-
-
-def _entry_hook(model: nnx.Module, stream: Stream) -> str | None:
+def entry_hook(model: nnx.Module, stream: Stream) -> str | None:
     """Where a norm at the start of the stream stands or might stand."""
     if stream.entry_norm is not None:
         return stream.entry_norm
@@ -132,7 +73,8 @@ def _entry_hook(model: nnx.Module, stream: Stream) -> str | None:
     return f"{stream.entry}.{name}" if is_embeddings and hasattr(module, name) else None
 
 
-def _all_linear(model: nnx.Module, stream: Stream) -> bool:
+def all_linear(model: nnx.Module, stream: Stream) -> bool:
+    """Is everything that starts the stream the output of a linear map?"""
     return all(isinstance(at(model, entry), nn.Linear | nn.CenteredLinear) for entry in stream.entries)
 
 
@@ -194,7 +136,7 @@ def _foldable(model: nnx.Module, stream: Stream, way: Exit) -> bool:
     return way.norm is not None and bool(maps) and not way.leaves and not way.by and whole and not padded
 
 
-def _folded(model: nnx.Module, stream: Stream) -> dict[str, list[str]]:
+def folded_norms(model: nnx.Module, stream: Stream) -> dict[str, list[str]]:
     """{norm: readers} of all norms that are folded."""
     ends = {way.norm: list(way.readers) for way in stream.exits if _foldable(model, stream, way)}
     return _between(stream) | ends
@@ -204,7 +146,7 @@ def _folded(model: nnx.Module, stream: Stream) -> dict[str, list[str]]:
 
 
 def apply(model: nnx.Module, path: str, form: Form) -> None:
-    """Give the stream ``path`` of ``model``, a Pre-LN one that :func:`refusal` lets pass, ``form``; in place."""
+    """Give the stream ``path`` of ``model``, a Pre-LN one that rmsnorm_checks.py lets pass, ``form``; in place."""
     stream = stream_at(model, path)
     if form.on_the_fly:
         _for_training(model, stream)
@@ -213,7 +155,7 @@ def apply(model: nnx.Module, path: str, form: Form) -> None:
         _untie(model, stream)
         stream = stream_at(model, path)
     _fold_scales(model, stream, remove=form.target != "zero-mean-ln")
-    folded = _folded(model, stream) if form.fold else {}
+    folded = folded_norms(model, stream) if form.fold else {}
     for norm, readers in folded.items():
         _fold_affine(model, norm, readers)
     for leaf in _producers(model, stream):
@@ -310,7 +252,7 @@ def _new_norms(model: nnx.Module, stream: Stream, form: Form, folded: dict[str, 
         old = at(model, stream.entry_norm) if stream.entry_norm is not None else None
         keep = width - 1 if crms else width
         options = {"keep": keep, "pad": form.pad}
-        _replace(model, _entry_hook(model, stream), _recentring(old, width, **options))
+        _replace(model, entry_hook(model, stream), _recentring(old, width, **options))
 
 
 def _recentring(old: Any, width: int, **options: Any) -> nn.Recentre:
@@ -337,7 +279,7 @@ def _for_training(model: nnx.Module, stream: Stream) -> None:
         new = nn.RMSNorm(stream.width, eps=old.eps, affine=old.scale is not None, bias=old.scale is not None)
         _take_affine(new, old)
         _replace(model, path, new)
-    hook = _entry_hook(model, stream)
+    hook = entry_hook(model, stream)
     if hook is not None:
         _replace(model, hook, _recentring(at(model, hook), stream.width))
     for path in (*(() if hook else stream.entries), *(w for b in stream.branches for w in b.writers)):
@@ -367,7 +309,7 @@ def undo(model: nnx.Module, path: str, form: Form) -> None:
         if old.scale is not None:
             _take_affine(new, old)
         _replace(model, norm, new)
-    hook = _entry_hook(model, stream)
+    hook = entry_hook(model, stream)
     if hook is not None and isinstance(at(model, hook), nn.Recentre):
         old = at(model, hook)
         new = nn.LayerNorm(width, eps=old.eps) if old.normalize else None
