@@ -294,7 +294,7 @@ def test_bad_arguments(hybrid, number):
 def test_bad_models(hybrid):
     refused = lambda model, **options: upcycle_mla(model, **RANKS | options)
     biased = jf.surgery.copy(hybrid[0])
-    biased.layers[0].attention.query.bias = nnx.Param(np.zeros(64, np.float32))
+    biased.layers[0].attention.query.bias = nnx.data(nnx.Param(np.zeros(64, np.float32)))
     with pytest.raises(ValueError, match="layers.0.attention.query has a bias"):
         refused(biased)
     with pytest.raises(ValueError, match="layers.0.attention is LatentAttention"):
