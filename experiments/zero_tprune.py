@@ -33,12 +33,23 @@ from jaxformers.extras import require
 from jaxformers.models import vit
 from jaxformers.train import OptimConfig, TrainConfig, fit
 
+WAYS = {
+    "Zero-TPrune": Options(),
+    "uniform first votes": Options(cls_weighting="uniform"),
+    "mean over all heads": Options(eir=False, vhf=False),
+    "importance alone": Options(method="i_stage"),
+    "similarity alone": Options(method="s_stage"),
+    "class token's attention": Options(method="cls_attention"),
+    "random": Options(method="random"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """`model`: a checkpoint to prune; None trains a ViT of the sizes below on `grid` × `grid` patches. `held_in`:
-    training images that only the search sees. `timed`: layers and width of the ViT that is timed at 224² pixels;
-    0 layers: none. `random_draws`: how often random pruning is repeated for its mean."""
+    training images that only the search sees. `random_draws`: how often random pruning is repeated for its mean.
+    `ways`: of choosing tokens, some of WAYS. `timed`: layers and width of the ViT that is timed at 224² pixels;
+    0 layers: none."""
 
     data: Path | None = None
     model: str | None = None
@@ -56,27 +67,19 @@ class Config:
     trials: int = 12
     test_images: int | None = None
     random_draws: int = 3
+    ways: tuple[str, ...] = tuple(WAYS)
     timed: tuple[int, int] = (12, 192)
     timed_batch: int = 16
     seeds: int = 3
 
 
 PRESETS = {
-    "smoke": Config(width=16, layers=2, heads=2, steps=4, batch=16, budgets=(0.65,), held_in=16, trials=2,
-                    test_images=24, random_draws=1, timed=(0, 0), seeds=1),
+    "smoke": Config(width=16, layers=3, heads=2, steps=4, batch=16, budgets=(0.65,), held_in=16, trials=2,
+                    test_images=24, random_draws=1, ways=("Zero-TPrune", "random"), timed=(0, 0), seeds=1),
     "small": Config(),
     "paper": Config(model="facebook/deit-small-patch16-224", batch=256, held_in=2000, trials=300, timed_batch=256,
                     seeds=1),
 }  # fmt: skip
-WAYS = {
-    "Zero-TPrune": Options(),
-    "uniform first votes": Options(cls_weighting="uniform"),
-    "mean over all heads": Options(eir=False, vhf=False),
-    "importance alone": Options(method="i_stage"),
-    "similarity alone": Options(method="s_stage"),
-    "class token's attention": Options(method="cls_attention"),
-    "random": Options(method="random"),
-}
 
 
 class Images(NamedTuple):
@@ -103,7 +106,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         seen, labels = held_in.read(np.arange(len(held_in.labels))), held_in.labels
         for budget in config.budgets:
             schedule = zs.uniform_schedule(model, budget)
-            for way in WAYS:
+            for way in config.ways:
                 draws = range(config.random_draws if way == "random" else 1)
                 found = [accuracy(config, runs, way, model, schedule, test, 100 * seed + i) for i in draws]
                 record(out, rows, {"seed": seed, "budget": budget, "way": way, "accuracy": float(np.mean(found))})
@@ -237,7 +240,7 @@ def timed(config: Config, model: nnx.Module | None) -> list[dict[str, Any]]:
 def report(config: Config, rows: list[dict[str, Any]], out: Path) -> None:
     """The table (mean and deviation over seeds) and the figure."""
     seen = lambda budget, way: [r["accuracy"] for r in rows if r["budget"] == budget and r["way"] == way]
-    ways = (*WAYS, "searched schedule")
+    ways = (*config.ways, "searched schedule")
     name = lambda budget: f"{100 * (1 - budget):.0f} % fewer MACs"
     table = [{"way": "dense", **{name(budget): common.mean_std(seen(1.0, "dense")) for budget in config.budgets}}]
     table += [{"way": way, **{name(b): common.mean_std(seen(b, way)) for b in config.budgets}} for way in ways]

@@ -60,8 +60,8 @@ def pruner(model: nnx.Module) -> tuple[Callable[..., Pruned], dict[str, Any]]:
     """``(apply, params)`` like :func:`jaxformers.functional`, for a model that can be pruned.
 
     ``apply(params, batch, schedule=(), options=Options(), key=None) -> Pruned``: ``batch`` holds ``pixel_values``
-    (B, C, H, W) of one size; ``schedule`` is a tuple of :class:`Stage`; ``key`` is for random choices. Schedule and
-    options are static under jit.
+    (B, C, H, W) of one size; ``schedule`` is a tuple of :class:`Stage`, or of tuples of their fields; ``key`` is for
+    random choices. Schedule and options are static under jit.
 
     ViT, DeiT, DINOv2 and what else has a class token, patches and pre-norm blocks with plain attention between all
     tokens. Raises ValueError for other models (Swin's windows and BEiT's relative positions need whole grids), and when
@@ -166,7 +166,8 @@ def check_schedule(
 ) -> dict[int, Stage]:
     """The stages by block. Raises ValueError for what :func:`pruner` names."""
     plan: dict[int, Stage] = {}
-    for stage in sorted(schedule, key=lambda stage: stage.block):
+    stages = [stage if isinstance(stage, Stage) else Stage(*stage) for stage in schedule]
+    for stage in sorted(stages, key=lambda stage: stage.block):
         where = f"schedule: block {stage.block}"
         if not 1 <= stage.block <= depth or stage.block in plan:
             why = "is named twice" if stage.block in plan else f"is not among the model's, 1 to {depth}"

@@ -213,6 +213,11 @@ def test_permuted_patches_permute_what_is_kept(vit, pruned):
         assert set(ours[1:].tolist()) == {1 + order[t - 1] for t in theirs[1:].tolist()}
 
 
+def test_a_schedule_of_plain_tuples():
+    given = ((3, 2), (1, 4, 0.9, 8))
+    assert zt.check_schedule(given, 3, 36, Options()) == {1: Stage(1, 4, 0.9, 8), 3: Stage(3, 2)}
+
+
 def test_only_pruning_blocks_form_probabilities(vit, monkeypatch):
     from jaxformers.nn import attention
 

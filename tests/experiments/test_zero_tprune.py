@@ -13,7 +13,7 @@ def test_smoke(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(common, "shared_data", lambda name, given=None: given)
     result = zero_tprune.run(zero_tprune.PRESETS["smoke"], tmp_path)
-    assert [r["way"] for r in result["rows"]] == ["dense", *zero_tprune.WAYS, "searched schedule"]
+    assert [r["way"] for r in result["rows"]] == ["dense", "Zero-TPrune", "random", "searched schedule"]
     assert all(0 <= r["accuracy"] <= 1 for r in result["rows"]) and (tmp_path / "figure.png").is_file()
 
 
