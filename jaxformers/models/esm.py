@@ -214,7 +214,8 @@ KEYS = {
     "contact_head": "contact_head.regression",
 }
 HEADS = {
-    "masked_lm": ("EsmForMaskedLM", roberta.HEADS["masked_lm"][1]),
+    # an untied decoder's bias is the head's own there
+    "masked_lm": ("EsmForMaskedLM", {**roberta.HEADS["masked_lm"][1], "head.decoder.bias": "lm_head.bias"}),
     "sequence_classification": ("EsmForSequenceClassification", roberta.HEADS["sequence_classification"][1]),
     "token_classification": ("EsmForTokenClassification", {"head.classifier": "classifier"}),
 }
