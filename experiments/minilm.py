@@ -26,11 +26,12 @@ import numpy as np
 
 import jaxformers as jf
 from experiments import common
+from experiments.sentences import labelled_texts
 from jaxformers import losses
 from jaxformers.compress import minilm
 from jaxformers.compress.minilm_distil import StudentConfig, distil, pack, student_model
 from jaxformers.data.batches import array_batches
-from jaxformers.data.text import english_text, python_sources, read_records, read_texts, split_documents
+from jaxformers.data.text import english_text, read_texts, split_documents
 from jaxformers.data.tokenizers import Tokenizer, load_tokenizer, train_wordpiece
 from jaxformers.extras import require
 from jaxformers.models import bert
@@ -90,7 +91,7 @@ PRESETS = {
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
-    probe_data = probe_texts(config)
+    probe_data = labelled_texts(config.probe, config.probe_rows)
     train_texts, heldout_texts = corpus(config)
     if config.with_probe_text:
         shuffled = np.random.default_rng(0).permutation(len(probe_data["train"][0]))
@@ -189,32 +190,6 @@ def batches(
         found.append(minilm.teacher_rows(teacher, packed, variants) if config.ask_once else packed)
     once = {"shuffle": False, "epochs": 1, "drop_remainder": False}
     return array_batches(found[0], config.batch), array_batches(found[1], config.batch, **once)
-
-
-def probe_texts(config: Config) -> dict[str, Any]:
-    """{"task": its name, "train": (texts, labels), "dev": (texts, labels)}"""
-    root = common.shared_data("sst2_small", config.probe)
-    if root is not None:
-        parts = {}
-        for part in ("train", "dev"):
-            file = next(f for f in (root / f"{part}.tsv.gz", root / f"{part}.tsv") if f.exists())
-            records = read_records(file)[: config.probe_rows]
-            parts[part] = [r["sentence"] for r in records], np.array([int(r["label"]) for r in records])
-        return {"task": "SST-2", **parts}
-    lines, labels = [], []
-    packages = ("asyncio", "email", "tkinter", "xml", "multiprocessing", "distutils")
-    for name, source in python_sources().items():
-        package = name.split("/")[0]
-        if package in packages:
-            kept = [line.strip() for line in source.splitlines() if len(line.split()) > 3]
-            lines += kept
-            labels += [packages.index(package)] * len(kept)
-    order = np.random.default_rng(0).permutation(len(lines))
-    lines, labels = [lines[i] for i in order], np.array(labels)[order]
-    cut = min(len(lines) * 9 // 10, config.probe_rows)
-    end = cut + min(cut, 2000)
-    parts = {"train": (lines[:cut], labels[:cut]), "dev": (lines[cut:end], labels[cut:end])}
-    return {"task": "package of a line of code", **parts}
 
 
 def probe(model: Any, tokenizer: Tokenizer, data: dict[str, Any], length: int) -> float:

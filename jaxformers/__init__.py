@@ -24,8 +24,8 @@ _VERBS = {
     "compact": "compaction", "fit": "train", "TrainConfig": "train",
 }  # fmt: skip
 _PACKAGES = (
-    "compress", "data", "gates", "image_losses", "losses", "metrics", "models", "nn", "paths", "pretrain", "residual",
-    "surgery", "tasks", "train", "weights",
+    "compress", "data", "fake_quant", "gates", "image_losses", "losses", "metrics", "models", "nn", "paths", "pretrain",
+    "residual", "surgery", "tasks", "train", "weights",
 )  # fmt: skip
 
 __all__ = ["cost", "functional", "mesh", "with_params", *_VERBS, *_PACKAGES]  # noqa: PLE0604

@@ -125,9 +125,10 @@ def spec(mesh: Mesh, path: str, shape: Sequence[int], rules: Mapping[str, tuple[
     it stands for, along those of its axes that it shares.
     """
     inside = ""
-    if ".kernel." in path:
-        path, _, inside = path.partition(".kernel.")
-        path += ".kernel"
+    for leaf in (".kernel", ".embedding"):
+        if f"{leaf}." in path:
+            path, _, inside = path.partition(f"{leaf}.")
+            path += leaf
     axes = next((axes for pattern, axes in LOGICAL_AXES if paths.matches(pattern, path)), ())
     shared = TYPED_AXES.get(inside.rpartition(".")[2])
     if shared is not None and len(axes) >= 2:
@@ -206,7 +207,7 @@ def constrained(apply: Callable, mesh: Mesh, rules: Mapping[str, tuple[str, ...]
 
     def whole_rows(path: tuple, x: Any) -> Any:
         name = paths.dotted(path)
-        if not paths.matches("**embeddings.*.embedding", name):
+        if not paths.matches("**embeddings.*.embedding{,.base}", name):
             return x
         return jax.lax.with_sharding_constraint(x, sharding(mesh, name, x.shape, {**rules, "embed": ()}))
 

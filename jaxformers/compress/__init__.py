@@ -7,6 +7,7 @@ from jaxformers.compress.fusegpt import FuseConfig, fuse_layers
 from jaxformers.compress.gptq import dequantize, gptq, quantize_checkpoint  # gptq: the function, not the module
 from jaxformers.compress.rmsnorm import convert_norm, convert_norm_checkpoint, verify_norm
 from jaxformers.compress.sparsity_curve import lottery_ticket, mask_similarity, sparsity_sweep
+from jaxformers.compress.teacher_intervention_qat import qat
 from jaxformers.compress.x_ecomla import upcycle_mla
 from jaxformers.compress.zero_tprune import prune_tokens
 
@@ -23,6 +24,7 @@ __all__ = [
     "mask_similarity",
     "prune",
     "prune_tokens",
+    "qat",
     "quantize_checkpoint",
     "remove_layers",
     "sparsity_sweep",

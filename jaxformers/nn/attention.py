@@ -4,12 +4,14 @@ context = softmax(Q Kᵀ · scale + bias, masked) V                            (
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxformers.fake_quant import Quantiser
 from jaxformers.kernels import attention as kernel
 from jaxformers.kernels import decode
 from jaxformers.kernels.tiles import platform
@@ -92,6 +94,7 @@ def attend(
     rate: float = 0.0,
     key: jax.Array | None = None,
     top_k: int | None = None,
+    operands: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Float[Array, "batch queries heads size"]:
     """Attention of one layer, before the output projection.
 
@@ -101,11 +104,15 @@ def attend(
     it pay on this accelerator, a kernel runs instead (``kernels/attention.py``, ``kernels/decode.py`` for one query). A
     query that sees no key gets the mean of all values, or zeros from a kernel: not meaningful, but finite.
     ``top_k``: each query keeps its so many largest probabilities after dropout (:func:`jaxformers.nn.keep_largest`).
+    ``operands`` rounds what enters the two products, (B, H, …) each: queries, keys, values, and the probabilities after
+    dropout. No kernel does that.
     """
     batch, queries, heads, size = q.shape
     keys, kv_heads = k.shape[1], k.shape[2]
     scale = size**-0.5 if scale is None else scale
-    if top_k is None and needs_only_context(path, rate, key):
+    if operands is not None:
+        q, k, v = (operands(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (q, k, v))
+    elif top_k is None and needs_only_context(path, rate, key):
         context = _by_kernel(q, k, v, mask or Mask(), bias, scale)
         if context is not None:
             return context
@@ -121,13 +128,13 @@ def attend(
     allowed = None if mask is None else mask.dense(queries, keys)
     if allowed is not None:
         scores = scores + jnp.where(allowed, 0.0, MASKED)  # added: so a query without keys has Hugging Face's gradient
-    if wanted(f"{path}.scores") or wanted(f"{path}.probs"):
+    if operands is not None or wanted(f"{path}.scores") or wanted(f"{path}.probs"):
         probs, total = site(f"{path}.probs", jax.nn.softmax(scores, axis=-1)), None
     else:
         probs, total = unnormalized_softmax(scores)
     probs = dropout(probs, rate, key)
     probs = probs if top_k is None else keep_largest(probs, top_k)
-    probs = probs.astype(v.dtype).reshape(batch, kv_heads, -1, keys)
+    probs = (probs if operands is None else operands(probs)).astype(v.dtype).reshape(batch, kv_heads, -1, keys)
     context = jnp.einsum("bhqk,bhkd->bhqd", probs, v).reshape(batch, heads, queries, v.shape[-1])
     return (context if total is None else (context / total).astype(v.dtype)).swapaxes(1, 2)
 
@@ -179,6 +186,7 @@ class Attention(nnx.Module):
     ``bias_heads``: which heads of a bias that all layers share are this layer's, where surgery has removed some.
     ``window``: this layer sees so many of the latest tokens only, itself included (a causal mask's window).
     ``top_k``: how many keys each query keeps, where surgery has made the attention hard (`jaxformers.nn.hard`).
+    ``operands``: rounds what enters its two products, see :func:`attend` (`jaxformers.weights.fake_quantise`).
 
     Sites: ``scores`` (B, H, queries, keys) scaled, with bias, before the mask; ``probs``; ``context`` (B, L, H, size)
     before the output projection.
@@ -215,6 +223,7 @@ class Attention(nnx.Module):
         self.heads, self.kv_heads, self.size = heads, kv_heads, head_size or width // heads
         self.scale, self.rate, self.interleaved, self.window = scale, rate, interleaved, window
         self.bias_heads: tuple[int, ...] | None = None
+        self.operands: Quantiser | None = None
         self.relative = relative if relative is not None else nnx.data(None)
         self.reduce = reduce if reduce is not None else nnx.data(None)
         source = width if memory_width is None else memory_width
@@ -277,6 +286,6 @@ class Attention(nnx.Module):
             bias = self.relative(grid) if bias is None else bias + self.relative(grid)
         (drop,) = split(key, 1)
         options = {"scale": self.scale, "path": self.path, "rate": self.rate, "top_k": self.top_k}
-        context = attend(q, k, v, mask=mask, bias=bias, key=drop, **options)
+        context = attend(q, k, v, mask=mask, bias=bias, key=drop, operands=self.operands, **options)
         context = site(f"{self.path}.context", context)
         return self.out(context.reshape(batch, length, self.heads * self.size)), cache

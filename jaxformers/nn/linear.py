@@ -76,15 +76,15 @@ def add_bias(y: Float[Array, "*batch out"], bias: Float[Array, "out"]) -> Float[
 
 
 class Embed(nnx.Module):
-    """A table ``embedding`` (rows, width) that is looked up, and whose transpose may serve as output projection."""
+    """A table ``embedding`` (rows, width), array or typed weight: looked up, or transposed as output projection."""
 
     def __init__(self, rows: int, width: int, *, std: float = 0.02, rngs: nnx.Rngs):
         self.path = ""
         self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (rows, width)))
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
-        return jnp.take(self.embedding.get_value(), ids, axis=0, mode="clip")
+        return weights.take(self.embedding.get_value(), ids)
 
     def attend(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch rows"]:
         """Scores of every row, ``x Eᵀ``: tied input and output embeddings."""
-        return weights.matmul(x, self.embedding.get_value().T)
+        return weights.matmul(x, weights.dense(self.embedding.get_value()).T)

@@ -1,7 +1,7 @@
 """Optimisers and learning-rate schedules over parameters held as one flat ``{dotted path: array}`` dict.
 
-AdamW (arXiv 1711.05101), Lion (arXiv 2302.06675) and Adafactor (arXiv 1804.04235, with the semantics of fairseq and
-Hugging Face) behind one frozen config. Which parameters decay is said by path patterns.
+AdamW (arXiv 1711.05101), BERT's Adam, Lion (arXiv 2302.06675) and Adafactor (arXiv 1804.04235, with the semantics of
+fairseq and Hugging Face) behind one frozen config. Which parameters decay is said by path patterns.
 """
 
 import dataclasses
@@ -25,10 +25,11 @@ class OptimConfig:
     "linear" and "cosine" end at. ``no_decay`` are patterns of paths that weight decay leaves alone. ``b1``, ``b2`` and
     ``eps`` default to AdamW's 0.9, 0.999, 1e-8 and Lion's 0.9, 0.99; Adafactor has no momentum unless ``b1`` is given.
     ``scale_parameter`` and ``relative_step`` are Adafactor's; with ``relative_step`` the rate is its own,
-    min(1e-2, 1/sqrt(t)), and ``learning_rate`` must be None.
+    min(1e-2, 1/sqrt(t)), and ``learning_rate`` must be None. "bert_adam" is :func:`bert_adam`: there ``clip_norm`` is
+    each tensor's own, and ``eps`` defaults to 1e-6.
     """
 
-    name: Literal["adamw", "lion", "adafactor"] = "adamw"
+    name: Literal["adamw", "bert_adam", "lion", "adafactor"] = "adamw"
     learning_rate: float | None = 1e-3
     schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "linear"
     warmup: float = 0.0
@@ -43,8 +44,8 @@ class OptimConfig:
     relative_step: bool = False
 
     def __post_init__(self) -> None:
-        if self.name not in ("adamw", "lion", "adafactor"):
-            raise ValueError(f"name: expected adamw, lion or adafactor, got {self.name!r}")
+        if self.name not in ("adamw", "bert_adam", "lion", "adafactor"):
+            raise ValueError(f"name: expected adamw, bert_adam, lion or adafactor, got {self.name!r}")
         if self.schedule not in ("constant", "linear", "cosine", "inverse_sqrt"):
             raise ValueError(f"schedule: expected constant, linear, cosine or inverse_sqrt, got {self.schedule!r}")
         if self.relative_step:
@@ -221,6 +222,66 @@ def adafactor(
     return optax.GradientTransformation(init, update)
 
 
+class BertAdamState(NamedTuple):
+    count: Any  # updates that each tensor has had, () or (layers,) where it is stacked
+    first: Any
+    second: Any
+
+
+def bert_adam(
+    learning_rate: float | Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: float = 0.01,
+    clip_norm: float | None = 1.0,
+    decay_mask: Any = True,
+    stacked: Any = False,
+) -> optax.GradientTransformation:
+    """The Adam that BERT was trained with, as its PyTorch ports have it: no bias correction, and each tensor by itself.
+
+        g <- g · min(1, clip_norm / (|g| + 1e-6)) of each tensor;   m, v: averages of g and g²
+        p <- p - rate · (m / (sqrt(v) + eps) + weight_decay · p)
+
+    A tensor that nothing reaches (each entry of its gradient is exactly 0) is passed over, as PyTorch does where there
+    is no gradient: no decay, no change of its averages, and its own count of updates, which the schedule is asked with,
+    stands still. ``decay_mask``, ``stacked``: as in :func:`adafactor`.
+    """
+
+    def leaf(g, p, n, m, v, decays):  # noqa: ANN001, ANN202
+        rate = learning_rate(n) if callable(learning_rate) else learning_rate
+        g, p32, reached = g.astype(jnp.float32), p.astype(jnp.float32), jnp.any(g != 0)
+        if clip_norm is not None:
+            g = g * jnp.minimum(1.0, clip_norm / (jnp.sqrt(jnp.sum(g * g)) + 1e-6))
+        first, second = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        u = first / (jnp.sqrt(second) + eps) + (weight_decay * p32 if decays else 0.0)
+        keep = lambda new, old: jnp.where(reached, new, old)
+        return keep(-rate * u, 0.0).astype(p.dtype), n + reached, keep(first, m), keep(second, v)
+
+    def init(params: Any) -> BertAdamState:
+        zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        count = jax.tree.map(
+            lambda p, s: jnp.zeros(p.shape[:1] if s else (), jnp.int32), params, _broadcast(stacked, params)
+        )
+        return BertAdamState(count, zeros(), zeros())
+
+    def update(grads: Any, state: BertAdamState, params: Any = None) -> tuple[Any, BertAdamState]:
+        if params is None:
+            raise ValueError("params: BERT's Adam decays them; it needs the parameters as well as the gradients")
+        leaves, treedef = jax.tree.flatten(params)
+        columns = [treedef.flatten_up_to(t) for t in (grads, state.count, state.first, state.second)]
+        flags = [jax.tree.leaves(_broadcast(flag, params)) for flag in (decay_mask, stacked)]
+        out = []
+        for p, g, n, m, v, decays, is_stacked in zip(leaves, *columns, *flags, strict=True):
+            rule = lambda *a, d=decays: leaf(*a, d)
+            out.append((jax.vmap(rule) if is_stacked else rule)(g, p, n, m, v))
+        updates, count, first, second = (treedef.unflatten(column) for column in zip(*out, strict=True))
+        return updates, BertAdamState(count, first, second)
+
+    return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(
     config: OptimConfig, steps: int, params: Mapping[str, Any], owners: Mapping[str, str] | None = None
 ) -> optax.GradientTransformation:
@@ -237,6 +298,17 @@ def make_optimizer(
         if not any(hit(pattern, path) for path in params):
             raise ValueError(f"no_decay: {pattern!r} matches none of the trained {', '.join(list(params)[:8])}, …")
     decays = {path: not hit(config.no_decay, path) for path in params}
+    stacked = {path: "*" in path.split(".") for path in params}
+    if config.name == "bert_adam":
+        given = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
+        return bert_adam(
+            rate,
+            weight_decay=config.weight_decay,
+            clip_norm=config.clip_norm,
+            decay_mask=decays,
+            stacked=stacked,
+            **{name: value for name, value in given.items() if value is not None},
+        )
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     if config.name == "adafactor":
         rule = adafactor(
@@ -245,7 +317,7 @@ def make_optimizer(
             weight_decay=config.weight_decay,
             decay_mask=decays,
             scale_parameter=config.scale_parameter,
-            stacked={path: "*" in path.split(".") for path in params},
+            stacked=stacked,
         )
         return optax.chain(*clip, rule)
     b1 = 0.9 if config.b1 is None else config.b1

@@ -62,6 +62,13 @@ def dense(w: Any) -> jax.Array:
     return w.dense() if is_typed(w) else jnp.asarray(w)
 
 
+def take(table: Any, ids: jax.Array) -> jax.Array:
+    """Rows of a table (rows, width), an array or a typed weight: ids (…) -> (…, width). Ids beyond it are clipped."""
+    if hasattr(table, "take") and is_typed(table):
+        return table.take(ids)
+    return jnp.take(dense(table), ids, axis=0, mode="clip")
+
+
 def to_tensors(w: Any) -> dict[str, np.ndarray]:
     """Checkpoint tensors of a kernel: a plain (in, out) array is PyTorch's ``weight`` (out, in)."""
     return w.to_tensors() if is_typed(w) else {"weight": np.asarray(w).T}

@@ -170,3 +170,45 @@ def test_adafactor_wants_parameters_and_no_warmup_init_with_a_rate():
     rule = adafactor(1e-3)
     with pytest.raises(ValueError, match="params"):
         rule.update({"w": jnp.ones(2)}, rule.init({"w": jnp.ones(2)}))
+
+
+def test_bert_adam_by_hand():
+    """Two updates of a matrix, no bias correction, clipped by its own norm; a bias does not decay."""
+    config = OptimConfig(name="bert_adam", learning_rate=0.1, schedule="constant", weight_decay=0.01)
+    params = {"a.kernel": jnp.array([[3.0, -1.0]]), "a.bias": jnp.array([0.5])}
+    grads = [{"a.kernel": jnp.array([[3.0, 4.0]]), "a.bias": jnp.array([0.1])},
+             {"a.kernel": jnp.array([[0.1, -0.2]]), "a.bias": jnp.array([-2.0])}]  # fmt: skip
+    rule = make_optimizer(config, 2, params)
+    state, found = rule.init(params), params
+    for g in grads:
+        updates, state = rule.update(g, state, found)
+        found = optax.apply_updates(found, updates)
+    for name, decay in (("a.kernel", 0.01), ("a.bias", 0.0)):
+        p = np.array(params[name], np.float64)
+        m = v = 0.0
+        for step in grads:
+            g = np.array(step[name], np.float64)
+            g = g * min(1.0, 1.0 / (np.linalg.norm(g) + 1e-6))
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            p = p - 0.1 * (m / (np.sqrt(v) + 1e-6) + decay * p)
+        np.testing.assert_allclose(found[name], p, rtol=1e-5)
+
+
+def test_bert_adam_passes_over_what_nothing_reaches():
+    """No decay, no averages, and the schedule of that tensor waits; stacked layers count one by one."""
+    config = OptimConfig(name="bert_adam", learning_rate=0.1, warmup=0.5, weight_decay=0.1, clip_norm=None)
+    params = {"layers.*.kernel": jnp.ones((2, 3, 3)), "kernel": jnp.ones((3, 3))}
+    rule = make_optimizer(config, 8, params)
+    state, found = rule.init(params), params
+    half = {"layers.*.kernel": jnp.ones((2, 3, 3)).at[0].set(0.0), "kernel": jnp.zeros((3, 3))}
+    for _ in range(3):
+        updates, state = rule.update(half, state, found)
+        found = optax.apply_updates(found, updates)
+    np.testing.assert_array_equal(found["kernel"], 1.0)
+    np.testing.assert_array_equal(found["layers.*.kernel"][0], 1.0)
+    assert np.all(found["layers.*.kernel"][1] < 1.0)
+    assert state.count["kernel"] == 0 and np.array_equal(state.count["layers.*.kernel"], [0, 3])
+    updates, _ = rule.update({"layers.*.kernel": jnp.ones((2, 3, 3)), "kernel": jnp.ones((3, 3))}, state, found)
+    assert not np.any(updates["kernel"]) and not np.any(updates["layers.*.kernel"][0]), "its first update is at rate 0"
+    with pytest.raises(ValueError, match="params: BERT's Adam"):
+        rule.update(half, state)

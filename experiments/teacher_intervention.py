@@ -1,0 +1,217 @@
+"""Teacher Intervention: do ternary weights train faster when the teacher lends the student its attention?
+
+A small BERT is fine-tuned to tell good film reviews from bad ones (SST-2). Students with ternary weights and 8-bit
+activations begin from it and train for the same number of steps, plain (TernaryBERT's loss) or with the gradual
+intervention in the first ones. All are evaluated without intervention, beside the teacher and the teacher whose weights
+are made ternary without training.
+
+    python -m experiments.teacher_intervention                 # small: minutes on two CPU cores, three seeds
+    python -m experiments.teacher_intervention paper --teacher a-fine-tuned-bert/ --data sst2/
+
+Data: `--data` a directory with train.tsv and dev.tsv, sentence and label (default: sst2_small beside the repository,
+else: from which package of the standard library is this line of code?). `--teacher`: a checkpoint fine-tuned on it;
+None trains one of the sizes below.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxformers as jf
+from experiments import common
+from experiments.sentences import labelled_texts
+from jaxformers import losses
+from jaxformers.compress.teacher_intervention import TIConfig, ternary_kernels, ti_objective
+from jaxformers.compress.teacher_intervention_qat import PAPER, qat
+from jaxformers.data.batches import array_batches
+from jaxformers.data.tokenizers import load_tokenizer, train_wordpiece
+from jaxformers.models import bert
+from jaxformers.train import OptimConfig, TrainConfig, fit
+from jaxformers.weights import fake_quantise
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """`steps`: of each student, `step1` of them with the intervention. `dropout`: of the students; the teacher too
+    where it is trained here. `shape`: the teacher's architecture, for dry runs. `rows`: of the training set, at most.
+    Lengths are in tokens, batches in rows."""
+
+    teacher: str | None = None
+    shape: str | None = None
+    data: Path | None = None
+    interventions: tuple[str, ...] = ("none", "gradual")
+    rows: int = 12_000
+    vocab: int = 3000
+    layers: int = 3
+    width: int = 64
+    heads: int = 4
+    teacher_steps: int = 900
+    teacher_rate: float = 1e-3
+    dropout: float = 0.1
+    length: int = 32
+    batch: int = 32
+    steps: int = 240
+    step1: int = 60
+    rate: float = 5e-4
+    eval_every: int = 30
+    seeds: int = 3
+
+
+PRESETS = {
+    "smoke": Config(
+        rows=400, vocab=300, layers=2, width=32, teacher_steps=4, length=16, batch=16, steps=5, step1=3, eval_every=5,
+        interventions=("none", "map"), seeds=1,
+    ),
+    "small": Config(),
+    "paper": Config(
+        teacher="textattack/bert-base-uncased-SST-2", shape="bert-base-uncased", rows=67_349, length=64,
+        steps=6315, step1=60, rate=2e-5, eval_every=100,
+    ),
+}  # fmt: skip
+
+
+def run(config: Config, out: Path) -> dict[str, Any]:
+    data = labelled_texts(config.data, config.rows)
+    if config.teacher is not None:
+        rates = {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
+        teacher = jf.load(config.teacher, **rates)
+        tokenizer = load_tokenizer(teacher.source)
+    else:
+        tokenizer = train_wordpiece(data["train"][0], config.vocab, max_length=config.length)
+        teacher = trained_teacher(
+            config, rows_of(config, tokenizer, data["train"]), tokenizer, int(data["train"][1].max())
+        )
+    train, dev = (rows_of(config, tokenizer, data[part]) for part in ("train", "dev"))
+    ready = fake_quantise(teacher, ternary_kernels(teacher), inputs=TIConfig().inputs, attention=TIConfig().attention)
+    found = {
+        "teacher": accuracy(teacher, dev, config.batch),
+        "ternary without training": accuracy(ready, dev, config.batch),
+    }
+
+    rows, curves = [], {}
+    for seed in range(config.seeds):
+        for name in config.interventions:
+            place = out / f"{name}-{seed}"
+            training = TrainConfig(
+                steps=config.steps,
+                optim=dataclasses.replace(PAPER, learning_rate=config.rate),
+                eval_every=config.eval_every,
+                log_every=config.eval_every,
+            )
+            done = qat(
+                teacher, train, out / "student" if (name, seed) == (config.interventions[-1], 0) else None,
+                key=jax.random.key(seed), train=training, config=TIConfig(name, step1=config.step1),
+                batch_size=config.batch, heldout=dev, directory=place,
+            )  # fmt: skip
+            curve = []
+            for stage, before in (("step1", 0), ("step2", len(done.modes))):
+                curve += [
+                    {"step": before + r["step"], **{k: v for k, v in r.items() if k.startswith("eval_")}}
+                    for r in done.history[stage] if r["kind"] == "eval"
+                ]  # fmt: skip
+            curves.setdefault(name, []).append(curve)
+            row = {"intervention": name, "seed": seed, **curve[-1], "packed": accuracy(done.packed, dev, config.batch)}
+            rows.append(row)
+            with open(out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(common.plain(row)) + "\n")
+
+    table = [{"student": name, "accuracy": value} for name, value in found.items()]
+    for name in config.interventions:
+        mine = [r for r in rows if r["intervention"] == name]
+        early = [sum(p["eval_accuracy"] for p in c if p["step"] <= 200) / max(sum(p["step"] <= 200 for p in c), 1)
+                 for c in curves[name]]  # fmt: skip
+        table.append({
+            "student": name, "accuracy": common.mean_std(r["eval_accuracy"] for r in mine),
+            "mean accuracy up to step 200": common.mean_std(early),
+            "loss": common.mean_std(r["eval_loss"] for r in mine),
+            "zeros": common.mean_std(r["eval_zeros"] for r in mine),
+        })  # fmt: skip
+    common.table(f"{data['task']}, {config.steps} steps, {config.seeds} seeds, evaluated without intervention", table)
+    common.figure(out / "figure.png", lambda fig: draw(fig, curves, found), size=(9, 3.6))
+    return {"task": data["task"], **found, "rows": rows, "curves": curves}
+
+
+def rows_of(config: Config, tokenizer: Any, part: tuple[list[str], np.ndarray]) -> dict[str, np.ndarray]:
+    texts, labels = part
+    batch = tokenizer(texts, max_length=config.length, buckets=(config.length,))
+    return {**{k: v.astype(np.int32) for k, v in batch.items()}, "labels": labels.astype(np.int32)}
+
+
+def trained_teacher(config: Config, rows: dict[str, np.ndarray], tokenizer: Any, last_label: int) -> Any:
+    """A BERT trained on the task from scratch."""
+    size = bert.Config(
+        tokenizer.vocab_size, config.width, config.layers, config.heads, 4 * config.width,
+        max_position_embeddings=config.length, num_labels=last_label + 1, hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout,
+    )  # fmt: skip
+    model = jf.init(size, head="sequence_classification", key=jax.random.key(1234))
+
+    def objective(apply, params, batch, key):
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        return losses.cross_entropy(apply(params, inputs, rngs=key).logits, batch["labels"]), {}
+
+    train = TrainConfig(
+        steps=config.teacher_steps,
+        optim=OptimConfig(learning_rate=config.teacher_rate, warmup=0.1, weight_decay=0.01),
+        log_every=max(config.teacher_steps // 20, 1),
+    )
+    return fit(objective, model, array_batches(rows, config.batch), train, key=jax.random.key(1)).model
+
+
+def accuracy(model: Any, rows: dict[str, np.ndarray], size: int) -> float:
+    """Share of rows whose largest logit is their label's; the batch's `size` counts, as it shares 8-bit scales."""
+    apply, params = jf.functional(model)
+    predict = jax.jit(lambda params, batch: apply(params, batch).logits.argmax(-1))
+    n, hits = len(rows["labels"]), 0
+    for start in range(0, n, size):
+        part = {k: v[start : start + size] for k, v in rows.items() if k != "labels"}
+        hits += int((np.asarray(predict(params, part)) == rows["labels"][start : start + size]).sum())
+    return hits / n
+
+
+def draw(fig: Any, curves: dict[str, list], found: dict[str, float]) -> None:
+    left, right = fig.subplots(1, 2)
+    for i, (name, runs) in enumerate(curves.items()):
+        for k, curve in enumerate(runs):
+            steps = [p["step"] for p in curve]
+            label = name if k == 0 else None
+            left.plot(steps, [p["eval_loss"] for p in curve], f"C{i}", alpha=0.7, label=label)
+            right.plot(steps, [100 * p["eval_accuracy"] for p in curve], f"C{i}", alpha=0.7, label=label)
+    left.set(xlabel="step", ylabel="held-out loss", yscale="log")
+    right.axhline(100 * found["teacher"], color="k", linestyle="--", linewidth=1, label="teacher")
+    right.axhline(100 * found["ternary without training"], color="0.6", linestyle=":", label="without training")
+    right.set(xlabel="step", ylabel="accuracy, %")
+    for axis in (left, right):
+        axis.legend(frameon=False)
+
+
+def step(config: Config, mesh: Any) -> Any:
+    """For dry runs: a step of the student without intervention, the teacher's forward pass included."""
+    from jaxformers.dryrun_steps import Array, config_dict, train_step
+
+    if config.shape is None:
+        raise ValueError("shape: this preset trains its own teacher; name one, such as bert-base-uncased")
+    kept: list[Any] = []
+
+    def build() -> Any:
+        teacher = jf.init(config_dict(config.shape), head="sequence_classification", key=jax.random.key(0))
+        rules = TIConfig()
+        student = fake_quantise(teacher, ternary_kernels(teacher), inputs=rules.inputs, attention=rules.attention)
+        objective, params, freeze = ti_objective(teacher, student)
+        kept.extend((objective, freeze))
+        return params
+
+    params = jax.eval_shape(build)
+    train = TrainConfig(steps=config.steps, freeze=kept[1], optim=dataclasses.replace(PAPER, learning_rate=config.rate))
+    ids = Array((config.batch, config.length), jnp.int32)
+    name = f"teacher_intervention, {config.shape}, {config.batch} × {config.length} tokens"
+    return train_step(name, kept[0], None, params, {"input_ids": ids, "attention_mask": ids}, train, mesh)
+
+
+if __name__ == "__main__":
+    common.main("teacher_intervention", PRESETS, run, step=step)
