@@ -1,10 +1,12 @@
-"""Losses of images: segmentation, and the two kinds of masked image modelling that predict pixels. Float32 or wider."""
+"""Losses of images: segmentation, masked image modelling that predicts pixels, and feature maps that are to be alike.
+Float32 or wider."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxformers.losses import cross_entropy
+from jaxformers.losses import cross_entropy, kl_divergence
 from jaxformers.nn.vision import resize
 
 
@@ -78,3 +80,71 @@ def masked_pixels(
     mask = jnp.repeat(jnp.repeat(mask, patch[0], 1), patch[1], 2)[:, None].astype(jnp.float32)
     error = jnp.abs(pixel_values - reconstruction).astype(jnp.float32)
     return (error * mask).sum() / (mask.sum() + 1e-5) / channels
+
+
+# ---- feature maps of a teacher and a student -------------------------------------------------------------------------
+
+
+def hierarchical_context(
+    student: Float[Array, "batch rows columns channels"], teacher: Float[Array, "batch rows columns channels"]
+) -> Float[Array, ""]:
+    """ReviewKD's hierarchical context loss (arXiv 2104.09044), without a gradient into ``teacher``:
+
+        [ MSE(S, T) + sum_l c_l MSE(pool_l(S), pool_l(T)) ] / (1 + sum_l c_l)        l in 4, 2, 1 with l < rows
+
+    with pool_l to l x l cells, and c_l = 1/2, 1/4, 1/8 in the order of the l that are used. Raises ValueError for maps
+    of different shapes.
+    """
+    student, teacher = _alike(student, teacher)
+    loss, total, weight = jnp.square(student - teacher).mean(), 1.0, 1.0
+    for size in (4, 2, 1):
+        if size < student.shape[1]:
+            weight /= 2
+            loss += weight * jnp.square(adaptive_average_pool(student - teacher, size)).mean()
+            total += weight
+    return loss / total
+
+
+def channel_wise(
+    student: Float[Array, "batch rows columns channels"],
+    teacher: Float[Array, "batch rows columns channels"],
+    *,
+    temperature: float = 1.0,
+) -> Float[Array, ""]:
+    """Channel-wise distillation (arXiv 2011.13256): T² / (B · C) times the sum of KL(teacher || student), each
+    channel's softmax over its positions. No gradient into ``teacher``. Raises ValueError for maps of different shapes."""
+    student, teacher = (x.reshape(x.shape[0], -1, x.shape[-1]).swapaxes(1, 2) for x in _alike(student, teacher))
+    return temperature**2 * kl_divergence(teacher, student, temperature=temperature).mean()
+
+
+def cell_wise(
+    student: Float[Array, "batch rows columns channels"],
+    teacher: Float[Array, "batch rows columns channels"],
+    *,
+    temperature: float = 1.0,
+) -> Float[Array, ""]:
+    """T² / (B · H · W) times the sum of KL(teacher || student), each cell's softmax over its channels (of logits:
+    Hinton's distillation, arXiv 1503.02531). No gradient into ``teacher``. Raises ValueError as above."""
+    student, teacher = _alike(student, teacher)
+    return temperature**2 * kl_divergence(teacher, student, temperature=temperature).mean()
+
+
+def adaptive_average_pool(
+    x: Float[Array, "batch rows columns channels"], size: int
+) -> Float[Array, "batch size size channels"]:
+    """Means over ``size`` x ``size`` bins; bin i covers floor(i · n / size) to ceil((i + 1) · n / size), as torch's."""
+    rows, columns = (_bins(n, size) for n in x.shape[1:3])
+    return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x, precision="highest")
+
+
+def _bins(n: int, size: int) -> Float[np.ndarray, "size n"]:
+    at, i = np.arange(n), np.arange(size)[:, None]
+    inside = (at >= i * n // size) & (at < -(-(i + 1) * n // size))
+    return (inside / inside.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _alike(student: Array, teacher: Array) -> tuple[Array, Array]:
+    if student.shape != teacher.shape:
+        raise ValueError(f"teacher: its map {teacher.shape} must have the shape of the student's, {student.shape}")
+    wide = jnp.promote_types(student.dtype, jnp.float32)
+    return student.astype(wide), jax.lax.stop_gradient(teacher).astype(wide)

@@ -15,17 +15,28 @@ MAX_SCALE = 100.0  # CLIP's bound on a learnable similarity scale
 MASKED = -1e30  # finite, so that differences of masked logits are 0 and not NaN
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, *, ignore_index: int = IGNORE) -> jax.Array:
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, ignore_index: int = IGNORE, class_weights: jax.Array | None = None
+) -> jax.Array:
     """Mean negative log-likelihood over the labels that are not `ignore_index`.
 
     logits (..., classes), labels (...) int -> scalar in nats; 0 when every label is ignored (torch gives NaN there).
+    `class_weights` (classes,): sum w_label nll / sum w_label, as torch weighs; 0 when the weights add up to 0.
     """
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"labels: expected shape {logits.shape[:-1]} for logits {logits.shape}, got {labels.shape}")
     kept = labels != ignore_index
+    inside = jnp.where(kept, labels, 0)
     log_p = jax.nn.log_softmax(_wide(logits), axis=-1)
-    picked = jnp.take_along_axis(log_p, jnp.where(kept, labels, 0)[..., None], axis=-1)[..., 0]
-    return -jnp.sum(jnp.where(kept, picked, 0.0)) / jnp.maximum(jnp.sum(kept), 1)
+    picked = jnp.take_along_axis(log_p, inside[..., None], axis=-1)[..., 0]
+    if class_weights is None:
+        return -jnp.sum(jnp.where(kept, picked, 0.0)) / jnp.maximum(jnp.sum(kept), 1)
+    weights = jnp.asarray(class_weights, log_p.dtype)
+    if weights.shape != logits.shape[-1:]:
+        raise ValueError(f"class_weights: expected one for each of {logits.shape[-1]} classes, got {weights.shape}")
+    weight = jnp.where(kept, weights[inside], 0.0)
+    total = jnp.sum(weight)
+    return -jnp.sum(weight * picked) / jnp.where(total > 0, total, 1.0)
 
 
 def kl_divergence(

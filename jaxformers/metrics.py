@@ -1,7 +1,7 @@
 """Evaluation metrics shared by several systems, in float64 numpy.
 
-Retrieval (who is the right neighbour), pair scores (same or not), classification, and clustering. Every function takes
-array-likes, checks them, and returns Python floats; nothing here needs scikit-learn.
+Retrieval (who is the right neighbour), pair scores (same or not), classification, segmentation, and clustering. Every
+function takes array-likes, checks them, and returns Python floats, or counts; nothing here needs scikit-learn.
 """
 
 from __future__ import annotations
@@ -227,6 +227,48 @@ def precision_recall_f1(true: ArrayLike, predicted: ArrayLike, average: str = "b
 def macro_f1(true: ArrayLike, predicted: ArrayLike) -> float:
     """Mean over classes of F1."""
     return precision_recall_f1(true, predicted, "macro")[2]
+
+
+# ---------------------------------------------------------------------------------------------------- segmentation
+
+
+def confusion_matrix(true: ArrayLike, predicted: ArrayLike, classes: int, *, void: int | None = None) -> np.ndarray:
+    """(classes, classes) int64: how many pixels of class `true` (rows) were `predicted` as which (columns).
+
+    Labels of any equal shape, whole numbers from 0 to classes - 1; pixels whose true label is `void` (any number) are
+    left out. Matrices of the parts of a data set add up to that of the whole.
+    """
+    true, predicted = np.asarray(true), np.asarray(predicted)
+    if true.shape != predicted.shape:
+        raise ValueError(f"predicted: expected the shape of the true labels, {true.shape}, got {predicted.shape}")
+    kept = np.ones(true.shape, bool) if void is None else true != void
+    true, predicted = true[kept].astype(np.int64), predicted[kept].astype(np.int64)
+    for name, labels in (("true", true), ("predicted", predicted)):
+        if labels.size and not (labels.min() >= 0 and labels.max() < classes):
+            raise ValueError(f"{name}: labels must be from 0 to {classes - 1}, got {labels.min()} to {labels.max()}")
+    return np.bincount(true * classes + predicted, minlength=classes**2).reshape(classes, classes)
+
+
+def intersection_over_union(confusion: ArrayLike, *, void: int | None = None) -> dict[str, np.ndarray | float]:
+    """Of a :func:`confusion_matrix`: "iou" (classes,) = tp / (tp + fp + fn), their mean "miou", and the counts.
+
+    A class neither there nor predicted has IoU 0 and counts in "miou", as in the evaluation of many published figures;
+    "miou_present" leaves it out. A `void` class has no IoU: predicting it counts as a miss of the true class. Further
+    "tp", "fp", "fn" (classes,), and "accuracy", the share of pixels that are right.
+    """
+    counts = np.asarray(confusion, np.float64)
+    if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
+        raise ValueError(f"confusion: expected (classes, classes), got {counts.shape}")
+    named = [c for c in range(len(counts)) if c != void]
+    tp = np.diag(counts)[named]
+    fn, fp = counts[named].sum(1) - tp, counts[named][:, named].sum(0) - tp
+    union = tp + fp + fn
+    iou = tp / np.maximum(union, 1)
+    seen = union > 0
+    return {
+        "iou": iou, "miou": float(iou.mean()), "miou_present": float(iou[seen].mean()) if seen.any() else 0.0,
+        "tp": tp, "fp": fp, "fn": fn, "accuracy": float(tp.sum() / max(counts[named].sum(), 1)),
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ clustering

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxformers import nn
 from jaxformers.models import config as configs
-from jaxformers.sites import site
+from jaxformers.sites import site, wanted
 
 NORM_EPS = 1e-5  # of every norm: Hugging Face's implementation does not read layer_norm_eps
 LISTS = {
@@ -69,21 +69,6 @@ class Config:
     def hidden_size(self) -> int:
         """Width of the last stage."""
         return self.hidden_sizes[-1]
-
-
-class OverlapEmbeddings(nnx.Module):
-    """``patch_norm(patch(·))``: patches that overlap, by a convolution with padding. Site: ``embeddings`` (B, L, D)."""
-
-    def __init__(self, d_in: int, d_out: int, patch: int, stride: int, *, std: float, rngs: nnx.Rngs):
-        self.path = ""
-        half = (patch // 2, patch // 2)
-        self.patch = nn.Conv(d_in, d_out, (patch, patch), stride=(stride, stride), padding=half, std=std, rngs=rngs)
-        self.patch_norm = nn.LayerNorm(d_out, eps=NORM_EPS)
-
-    def __call__(self, x: Float[Array, "batch rows columns in"]) -> tuple[Array, tuple[int, int]]:
-        x = self.patch(x)
-        grid = x.shape[1:3]
-        return site(self.path, self.patch_norm(x).reshape(x.shape[0], grid[0] * grid[1], -1)), grid
 
 
 class Reduction(nnx.Module):
@@ -152,7 +137,7 @@ class Stage(nnx.Module):
         d_in = c.hidden_sizes[stage - 1] if stage else c.num_channels
         width, std = c.hidden_sizes[stage], c.initializer_range
         sizes = c.patch_sizes[stage], c.strides[stage]
-        self.embeddings = OverlapEmbeddings(d_in, width, *sizes, std=std, rngs=rngs)
+        self.embeddings = nn.OverlapEmbeddings(d_in, width, *sizes, eps=NORM_EPS, std=std, rngs=rngs)
         self.layers = nn.Layers([block(c, stage, rate, rngs) for rate in rates])
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 
@@ -182,11 +167,22 @@ class DecodeHead(nnx.Module):
     def __call__(
         self, maps: list[Float[Array, "batch rows columns width"]], key: jax.Array | None
     ) -> Float[Array, "batch labels rows columns"]:
-        size = maps[0].shape[1:3]
-        stretched = [nn.resize(self.project[i](x), size, "bilinear") for i, x in enumerate(maps)]
-        h = self.fuse(jnp.concatenate(stretched[::-1], axis=-1))
+        h = self._fused([self.project[i](x) for i, x in enumerate(maps)], maps[0].shape[1:3])
         h = jax.nn.relu(self.batch_norm(h, batch_statistics=key is not None))
         return jnp.moveaxis(self.classifier(nn.dropout(h, self.rate, key)), -1, 1)
+
+
+    def _fused(
+        self, maps: list[Float[Array, "batch rows columns width"]], size: tuple[int, int]
+    ) -> Float[Array, "batch first_rows first_columns width"]:
+        """``fuse`` of all maps at ``size``. Stretching acts on cells and ``fuse`` on channels, so that each map's part
+        of the matrix can come first, while the map is small; whoever asks for the input of ``fuse`` gets it formed."""
+        if wanted(f"{self.fuse.path}.input") or not isinstance(self.fuse.kernel.get_value(), jax.Array):
+            stretched = [nn.resize(x, size, "bilinear") for x in maps]
+            return self.fuse(jnp.concatenate(stretched[::-1], axis=-1))
+        parts = jnp.split(self.fuse.kernel.get_value()[0, 0].astype(maps[0].dtype), len(maps))[::-1]
+        small = [nn.resize(x @ part, size, "bilinear") for x, part in zip(maps[1:], parts[1:], strict=True)]
+        return site(f"{self.fuse.path}.output", sum(small, maps[0] @ parts[0]))
 
 
 class SegFormer(nnx.Module):

@@ -1,6 +1,7 @@
 """Building blocks that every architecture shares."""
 
 from jaxformers.nn.adapter import Adapter, add_adapters
+from jaxformers.nn.alignment import EmbeddingAlignment, FeatureFusion, GlobalLocalMixer
 from jaxformers.nn.attention import Attention, Mask, attend, causal_mask
 from jaxformers.nn.block import Block, Layers, drop_path
 from jaxformers.nn.cache import Cache, KeyValue, Latent, WithMemory, advance, new_cache
@@ -44,6 +45,7 @@ from jaxformers.nn.stages import Stages
 from jaxformers.nn.vision import (
     GridBias,
     ImageEmbeddings,
+    OverlapEmbeddings,
     drop_path_rates,
     offsets,
     pixel_shuffle,
@@ -55,12 +57,13 @@ __all__ = [
     "hard_attention", "keep_largest",
     "Bias", "Identity", "NoAttention", "NoMLP",
     "CRMSNorm", "CenteredLinear", "Recentre",
+    "EmbeddingAlignment", "FeatureFusion", "GlobalLocalMixer",
     "POOLS", "GraphBlock", "followed", "graph_pool",
     "NO_CROSS_ATTENTION",
     "ExpertLinear", "Experts", "Latent", "LatentAttention", "MoE", "balance_loss", "check_routing", "route",
     "Memory", "Rolling", "WithMemory", "memory_cache", "memory_context", "shift_right",
-    "BatchNorm", "GridBias", "ImageEmbeddings", "PatchMerging", "Stages", "WindowAttention", "drop_path_rates",
-    "follow", "offsets", "pixel_shuffle", "resize",
+    "BatchNorm", "GridBias", "ImageEmbeddings", "OverlapEmbeddings", "PatchMerging", "Stages", "WindowAttention",
+    "drop_path_rates", "follow", "offsets", "pixel_shuffle", "resize",
     "Adapter", "Attention", "Block", "Cache", "CausalLMHead", "ClassificationHead", "Conv", "Embed", "Embeddings",
     "KeyValue", "Keys", "LayerNorm", "Layers", "Linear", "MLP", "Mask", "MaskedLMHead", "Output", "RMSNorm", "Rotary",
     "SentenceHead", "Turns", "activation", "add_adapters", "advance", "attend", "causal_mask", "check_length", "decode",

@@ -136,6 +136,26 @@ class ImageEmbeddings(nnx.Module):
         return jnp.where(mask, self.mask_token.get_value().astype(x.dtype), x)
 
 
+class OverlapEmbeddings(nnx.Module):
+    """``patch_norm(patch(·))``: patches that overlap, by a convolution with padding. Site: ``embeddings`` (B, L, D)."""
+
+    def __init__(
+        self, d_in: int, d_out: int, patch: int, stride: int, *, eps: float = 1e-5, std: float = 0.02, rngs: Any
+    ):
+        self.path = ""
+        half = (patch // 2, patch // 2)
+        self.patch = Conv(d_in, d_out, (patch, patch), stride=(stride, stride), padding=half, std=std, rngs=rngs)
+        self.patch_norm = LayerNorm(d_out, eps=eps)
+
+    def __call__(
+        self, x: Float[Array, "batch rows columns in"]
+    ) -> tuple[Float[Array, "batch length width"], tuple[int, int]]:
+        """The sequence and the grid of its patches."""
+        x = self.patch(x)
+        grid = x.shape[1:3]
+        return site(self.path, self.patch_norm(x).reshape(x.shape[0], grid[0] * grid[1], -1)), grid
+
+
 class GridBias(nnx.Module):
     """A bias per head for each offset (rows, columns) between two patches, and three for the class token (BEiT).
 

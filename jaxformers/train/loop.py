@@ -4,8 +4,11 @@ An *objective* is a pure function ``objective(apply, params, batch, key) -> (los
 as `jaxformers.functional` gives them, ``key`` a PRNG key while training and None in evaluation (hand it on as
 ``rngs``), ``metrics`` a dict of scalars. A metric called ``weight`` (how many targets the loss is a mean over) makes
 means over micro-batches and over evaluation batches exact; without it micro-batches count equally and evaluation
-batches by their examples. Whatever else an objective needs, a teacher's weights for example, belongs into ``params``
-under frozen paths: arrays that it closes over would be compiled into the program as constants.
+batches by their examples. A metric called ``running`` is a dict {path of a parameter: this batch's statistic}: those
+parameters, the running statistics of batch norms, follow it with torch's momentum of 0.1 instead of being optimised
+(micro-batches are averaged; over a mesh a batch's statistics are those of the whole batch). Whatever else an objective
+needs, a teacher's weights for example, belongs into ``params`` under frozen paths: arrays that it closes over would be
+compiled into the program as constants.
 """
 
 import contextlib

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from jaxformers.cost import count_flops
+from jaxformers.nn.norms import follow
 from jaxformers.train.state import Flat, State
 
 Join = Callable[[Mapping, Mapping], Any]
@@ -31,7 +32,8 @@ def make_step(
     Gradients are taken with respect to the float32 masters in ``state.params``, which the objective sees in ``dtypes``
     ({path: dtype}). ``accumulate`` micro-batches of every k-th example are run one after another and averaged by
     ``metrics["weight"]``. An update that is not finite is never applied; without ``skip_nonfinite`` neither is any
-    after it, so that whoever reads the metrics a step late still finds the last good parameters.
+    after it, so that whoever reads the metrics a step late still finds the last good parameters. Parameters named in
+    ``metrics["running"]`` follow what stands there instead of the optimiser, unless they are frozen.
     """
 
     def losses(params: Flat, frozen: Flat, batch: Any, key: jax.Array) -> tuple[jax.Array, dict]:
@@ -67,12 +69,14 @@ def make_step(
     def step(state: State, frozen: Flat, batch: Any, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(key, state.step)
         grads, metrics = (one if accumulate == 1 else many)(state.params, frozen, batch, key)
+        running = _statistics(metrics.pop("running", {}), state.params, frozen)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         good = finite if skip_nonfinite else finite & (state.failed < 0)
 
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
+        params |= {path: follow(state.params[path], batch_statistic) for path, batch_statistic in running.items()}
         average = state.ema
         if ema is not None:
             average = jax.tree.map(lambda a, p: ema * a + (1.0 - ema) * p, state.ema, params)
@@ -96,7 +100,7 @@ def make_eval(objective: Callable, apply: Any, join: Join, *, dtypes: Mapping[st
     def evaluate(params: Flat, frozen: Flat, batch: Any) -> dict[str, jax.Array]:
         computed = {path: x.astype(dtypes[path]) for path, x in params.items()}
         loss, metrics = checked(objective(apply, join(computed, frozen), batch, None))
-        return {"loss": loss, **metrics}
+        return {"loss": loss, **{name: value for name, value in metrics.items() if name != "running"}}
 
     return evaluate
 
@@ -138,18 +142,32 @@ class Compiled:
         return program(*args)
 
 
-def checked(result: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+def checked(result: Any) -> tuple[jax.Array, dict[str, Any]]:
     """What an objective returned, in float32. Raises ValueError, while tracing, when it is not (scalar, dict)."""
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
         raise ValueError("objective: expected it to return (loss, metrics) with metrics a dict of scalars")
-    loss, metrics = result
+    loss, metrics = result[0], dict(result[1])
+    running = metrics.pop("running", {})
     for name, value in {"loss": loss, **metrics}.items():
         if jnp.shape(value) != ():
             raise ValueError(f"objective: {name} has shape {jnp.shape(value)}, expected a scalar")
     taken = {"loss", "grad_norm", "finite", "skipped"} & metrics.keys()
     if taken:
         raise ValueError(f"objective: the metrics {sorted(taken)} are reported by the loop; choose other names")
-    return jnp.asarray(loss, jnp.float32), {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
+    metrics = {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
+    if running:
+        metrics["running"] = {path: jnp.asarray(v, jnp.float32) for path, v in running.items()}
+    return jnp.asarray(loss, jnp.float32), metrics
+
+
+def _statistics(running: Mapping[str, jax.Array], trained: Flat, frozen: Flat) -> Flat:
+    """The ``running`` statistics of trained parameters. Raises ValueError for what is no parameter of that shape."""
+    for path, value in running.items():
+        known = trained.get(path, frozen.get(path))
+        if known is None or known.shape != value.shape:
+            there = "is none" if known is None else f"has shape {known.shape}, not {value.shape}"
+            raise ValueError(f"objective: running names parameters and their batch's statistics; {path} {there}")
+    return {path: value for path, value in running.items() if path in trained}
 
 
 def _micro_batches(x: Any, k: int) -> jax.Array:
