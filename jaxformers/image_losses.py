@@ -112,7 +112,7 @@ def channel_wise(
     temperature: float = 1.0,
 ) -> Float[Array, ""]:
     """Channel-wise distillation (arXiv 2011.13256): T² / (B · C) times the sum of KL(teacher || student), each
-    channel's softmax over its positions. No gradient into ``teacher``. Raises ValueError for maps of different shapes."""
+    channel's softmax over its positions. No gradient into ``teacher``. Raises ValueError for different shapes."""
     student, teacher = (x.reshape(x.shape[0], -1, x.shape[-1]).swapaxes(1, 2) for x in _alike(student, teacher))
     return temperature**2 * kl_divergence(teacher, student, temperature=temperature).mean()
 

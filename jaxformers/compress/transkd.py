@@ -144,8 +144,10 @@ def new_distiller(teacher: nnx.Module, student: nnx.Module, config: TransKDConfi
     """The :class:`Distiller` for two models, its weights drawn from `key`. Raises ValueError as `check_models`."""
     check_models(teacher, student, config)
     sizes = (student.config.hidden_sizes, teacher.config.hidden_sizes)
-    image = student.config.num_channels
-    return surgery.named(Distiller(*sizes, config, image_channels=image, rngs=Keys(key)))
+    build = lambda key: Distiller(*sizes, config, image_channels=student.config.num_channels, rngs=Keys(key))
+    model = nnx.eval_shape(lambda: build(0))
+    nnx.update(model, jax.jit(lambda key: nnx.state(build(key)))(key))
+    return surgery.named(model)
 
 
 def check_models(teacher: nnx.Module | None, student: nnx.Module, config: TransKDConfig) -> None:

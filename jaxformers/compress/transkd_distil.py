@@ -120,13 +120,16 @@ def segmentation_distil(
 def new_student(config: segformer.Config, *, key: jax.Array) -> nnx.Module:
     """A SegFormer with the segmentation head at random, convolutions from N(0, 2 / fan_out)."""
     model = hub.init(config, head="semantic_segmentation", key=key)
+
+    def scaled(path: str, x: jax.Array) -> jax.Array:
+        if not path.endswith("kernel") or x.ndim != 4:
+            return x
+        rows, columns, inside, outside = x.shape  # inside: per group, of which there is one, or as many as channels
+        fan_out = rows * columns * (1 if inside == 1 else outside)
+        return x * ((2 / fan_out) ** 0.5 / config.initializer_range)
+
     flat = paths.flatten(functional(model)[1])
-    for i, (path, old) in enumerate(sorted(flat.items())):
-        if path.endswith("kernel") and old.ndim == 4:  # (rows, columns, in / groups, out): groups are 1 or out
-            rows, columns, inside, outside = old.shape
-            fan_out = rows * columns * (1 if inside == 1 else outside)
-            flat[path] = (2 / fan_out) ** 0.5 * jax.random.normal(jax.random.fold_in(key, i), old.shape, old.dtype)
-    return with_params(model, paths.unflatten(flat))
+    return with_params(model, paths.unflatten({path: scaled(path, x) for path, x in flat.items()}))
 
 
 def evaluate(model: Any, data: Segmentation, *, batch_size: int = 8) -> dict[str, Any]:

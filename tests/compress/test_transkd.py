@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxformers as jf
-from jaxformers import image_losses, metrics, nn, surgery
+from jaxformers import metrics, nn, surgery
 from jaxformers.compress.transkd import Distiller, TransKDConfig, imitation, segmentation_loss
 from jaxformers.nn.keys import Keys
 
@@ -73,7 +74,7 @@ def built(options):
         embedding_weights=tuple(options["embed_weights"]) if options["variant"] != "review" else None,
     )  # fmt: skip
     sizes = tuple(options["student_channels"]), tuple(options["teacher_channels"])
-    return config, surgery.named(Distiller(*sizes, config, rngs=Keys(0)))
+    return config, surgery.named(nnx.eval_shape(lambda: Distiller(*sizes, config, rngs=Keys(0))))
 
 
 def check(options, d):
@@ -116,7 +117,9 @@ def check(options, d):
     expected = converted({k[5:]: x for k, x in d.items() if k.startswith("grad.")}, flat)
     assert len(expected) > 20
     for path, x in expected.items():
-        np.testing.assert_allclose(slopes[path], x, rtol=0, atol=2e-4 * max(np.abs(x).max(), 1e-3 * largest), err_msg=path)
+        # what a batch norm behind it takes out again has no slope but rounding
+        atol = 2e-4 * max(np.abs(x).max(), 1e-3 * largest)
+        np.testing.assert_allclose(slopes[path], x, rtol=0, atol=atol, err_msg=path)
     for i in range(4):
         close(np.moveaxis(grads[1]["maps"][i], -1, 1), d[f"grad_student_feat_{i}"], 2e-4)
         if aligned and f"grad_student_embed_{i}" in d:
@@ -139,7 +142,7 @@ def test_the_variant_with_the_mixer(oracles):
     check(*load(oracles / "transkd" / "gl_train.npz"))
 
 
-@pytest.mark.parametrize("name", ["base_train_b2", "base_eval_cwd", "ea_train", "gl_train", "reviewkd_baseline"])
+@pytest.mark.parametrize("name", ["base_train_b2", "base_eval_cwd", "ea_train", "reviewkd_baseline"])
 def test_the_authors_modules_and_losses(shared, name):
     check(*load(shared / "oracles" / "transkd" / f"{name}.npz"))
 

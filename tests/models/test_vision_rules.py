@@ -194,6 +194,19 @@ def test_batch_norm_uses_and_hands_out_the_batch_in_training(oracles):
     assert np.array_equal(seen["head.batch_norm.var"], own["var"])
 
 
+def test_maps_are_fused_before_or_after_they_are_stretched(oracles):
+    """Whoever asks for the input of the fusing convolution has it formed; the numbers are the same."""
+    model = jf.load(oracles / "vision" / "segformer-maps")
+    apply, params = jf.functional(model)
+    batch = {"pixel_values": cases(oracles / "vision" / "segformer-maps")[0][0]["pixel_values"]}
+    formed, seen = jf.reap(apply, "head.fuse.{input,output}")(params, batch)
+    quick, also = jf.reap(apply, "head.fuse.output")(params, batch)
+    width = model.config.decoder_hidden_size * len(model.config.depths)
+    assert seen["head.fuse.input"].shape == (*also["head.fuse.output"].shape[:-1], width)
+    assert_close_scaled(also["head.fuse.output"], seen["head.fuse.output"], 1e-5)
+    assert_close_scaled(quick.logits, formed.logits, 1e-5)
+
+
 def test_stochastic_depth_drops_whole_images():
     x = jnp.ones((4000, 3, 2))
     dropped = np.asarray(nn.drop_path(x, 0.25, jax.random.key(0)))
