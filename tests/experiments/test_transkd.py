@@ -10,8 +10,8 @@ from flax import nnx
 import jaxformers as jf
 from experiments import common, transkd
 from jaxformers.compress.transkd import new_distiller
+from jaxformers.cost import count_flops
 from jaxformers.models import segformer
-from jaxformers.train.flops import count_flops
 
 pytest.importorskip("sklearn")
 
