@@ -23,6 +23,7 @@ from pathlib import Path
 VARIANTS = {
     "loop": {},
     "scan": {"scan_layers": True},
+    "scan, rbg keys": {"scan_layers": True, "impl": "rbg"},
     "loop, remat": {"remat": "full"},
     "scan, remat": {"scan_layers": True, "remat": "full"},
 }
@@ -46,6 +47,7 @@ def measure(options: dict, layers: int, width: int) -> dict:
         hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64, intermediate_size=4 * width
     )
     model = jf.init(config, head="masked_lm", key=jax.random.key(0))
+    impl = options.pop("impl", None)
     apply, params = jf.functional(model, **options)
 
     def objective(apply, params, batch, key):
@@ -63,7 +65,7 @@ def measure(options: dict, layers: int, width: int) -> dict:
 
     now = lambda: (time.perf_counter(), time.process_time())
     start = now()
-    traced = jax.jit(step, donate_argnums=0).trace(state, frozen, batch, jax.random.key(0))
+    traced = jax.jit(step, donate_argnums=0).trace(state, frozen, batch, jax.random.key(0, impl=impl))
     lowered = traced.lower()
     middle = now()
     compiled = lowered.compile()
@@ -99,7 +101,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measure(VARIANTS[args.child], args.layers, args.width)))
+        print(json.dumps(measure(dict(VARIANTS[args.child]), args.layers, args.width)))
         return
 
     cold: dict[str, list[dict]] = {name: [] for name in VARIANTS}
