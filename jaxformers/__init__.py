@@ -25,7 +25,7 @@ _VERBS = {
 }  # fmt: skip
 _PACKAGES = (
     "compress", "data", "fake_quant", "gates", "image_losses", "losses", "metrics", "models", "nn", "paths", "pretrain",
-    "residual", "surgery", "tasks", "train", "weights",
+    "residual", "surgery", "tasks", "token_losses", "train", "weights",
 )  # fmt: skip
 
 __all__ = ["cost", "functional", "mesh", "with_params", *_VERBS, *_PACKAGES]  # noqa: PLE0604
