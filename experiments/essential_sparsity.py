@@ -1,0 +1,210 @@
+"""Essential sparsity: how much of a pretrained language model can be removed at once before its quality falls?
+
+A byte-level language model is pruned at every sparsity of a grid: by magnitude, at random, by Wanda and by SparseGPT,
+without and with a short fine-tuning under the fixed mask (the dense model is tuned as long). Cross-entropy on held-out
+text says where each curve begins to fall. Lottery tickets (iterative pruning of trained weights, rewound) of the same
+sparsity are the paper's comparison: how alike are the masks, and how good is each after fine-tuning?
+
+    python -m experiments.essential_sparsity                     # small: minutes on two CPU cores, three seeds
+    python -m experiments.essential_sparsity paper --data c4.jsonl --test wiki.test.raw       # OPT-125M
+
+Data: wikitext2_small beside the repository with the byte LM of its oracles; without those a small llama is trained on
+the text that every Python ships. `--model` with `--data` and `--test` (.txt or a table with a column text) prunes any
+checkpoint. Seeds draw the random masks, the calibration windows, and the order of the fine-tuning data.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+import jaxformers as jf
+from experiments import common, language
+from jaxformers import losses, weights
+from jaxformers.compress import sparsity_curve
+from jaxformers.compress.essential_sparsity import prune
+from jaxformers.compress.sparsity_curve import Curve, lottery_ticket, mask_similarity, sparsity_sweep
+from jaxformers.data import batches, text
+from jaxformers.data.tokenizers import load_tokenizer
+from jaxformers.train import OptimConfig, TrainConfig, fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """`grid`: sparsities of the one-shot curves; `tuned`: those that are fine-tuned too. `tau`: the drop of the
+    cross-entropy, in nats, that counts as none. `rounds`: of the lottery ticket, 20 % of what is left each."""
+
+    data: Path | None = None
+    test: Path | None = None
+    model: str | None = None
+    grid: tuple[float, ...] = sparsity_curve.GRID
+    tuned: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 0.9)
+    methods: tuple[str, ...] = ("magnitude", "random", "wanda", "sparsegpt")
+    tau: float = 0.01
+    rounds: int = 3
+    steps: int = 60
+    rate: float = 1e-3
+    batch: int = 16
+    length: int = 128
+    samples: int = 64
+    windows: int | None = 160
+    seeds: int = 3
+    vocab: int = 512
+    width: int = 64
+    layers: int = 2
+    train_steps: int = 300
+
+
+PRESETS = {
+    "smoke": Config(
+        grid=(0.0, 0.5), tuned=(0.0, 0.5), rounds=1, steps=2, batch=2, length=32, samples=4, windows=4, seeds=1,
+        width=32, layers=1, train_steps=4,
+    ),
+    "small": Config(),
+    "paper": Config(
+        model="facebook/opt-125m", length=2048, samples=128, windows=None, steps=3000, rate=2e-5, batch=8, seeds=1
+    ),
+}  # fmt: skip
+
+
+def run(config: Config, out: Path) -> dict[str, Any]:
+    """Curves per seed, tickets per seed; the figure and the table are means over seeds."""
+    model, train_ids, test_ids = materials(config)
+    windows = text.windows(test_ids, config.length)[: config.windows]
+    metric = negative_loss(model, windows)
+    curves: list[Curve] = []
+    tickets: list[dict[str, float]] = []
+    for seed in range(config.seeds):
+        calibration = text.random_windows(train_ids, config.samples, config.length, seed=seed)
+        options = {"calibration": calibration, "key": jax.random.key(seed), "tau": config.tau}
+        tune = tuner(config, train_ids, seed)
+        found = sparsity_sweep(model, metric, methods=config.methods, grid=config.grid, **options)
+        found += sparsity_sweep(
+            model, metric, methods=config.methods[:2], grid=config.tuned, finetune=tune,
+            **options, directory=out / f"tuned-{seed}",
+        )  # fmt: skip
+        sparsity_curve.write_curves(found, out / f"seed-{seed}")
+        curves += found
+        tickets.append(ticket(config, model, metric, tune))
+    means = averaged(curves)
+    report(config, curves, means, tickets, out)
+    jf.save(prune(model, sparsity=means[0].essential_sparsity).model, out / "model-essential")
+    rows = [{**dataclasses.asdict(c), "essential_sparsity": c.essential_sparsity, "knee": c.knee} for c in curves]
+    return {"curves": rows, "tickets": tickets}
+
+
+def materials(config: Config) -> tuple[nnx.Module, np.ndarray, np.ndarray]:
+    """(model, token ids to calibrate and tune on, token ids to evaluate on)."""
+    train, test = language.corpus(config.data, config.test)
+    if config.model is not None:
+        model = jf.load(config.model)
+        tokenizer = load_tokenizer(model.source)
+        return model, language.stream(train, tokenizer), language.stream(test, tokenizer)
+    shared = common.shared_data("wikitext2_small")
+    byte_lm = None if shared is None else shared.parent.parent / "oracles" / "gptq" / "trained_byte_lm"
+    if config.data is None and byte_lm is not None and byte_lm.is_dir():
+        ids = lambda texts: np.frombuffer("".join(texts).encode(), np.uint8).astype(np.int32)  # noqa: E731
+        return jf.load(byte_lm), ids(train), ids(test)
+    model, tokenizer = language.trained(
+        train, vocab=config.vocab, width=config.width, layers=config.layers, heads=2, mlp=3 * config.width,
+        length=config.length, steps=config.train_steps,
+    )  # fmt: skip
+    return model, language.stream(train, tokenizer), language.stream(test, tokenizer)
+
+
+def negative_loss(model: nnx.Module, windows: np.ndarray, rows: int = 32) -> Callable[[nnx.Module], float]:
+    """``metric(pruned)``: minus the mean cross-entropy in nats over the windows' predictions, compiled once."""
+    apply, _ = jf.functional(model)
+    loss = jax.jit(
+        lambda params, ids: losses.cross_entropy(apply(params, {"input_ids": ids}).logits[:, :-1], ids[:, 1:])
+    )
+
+    def metric(pruned: nnx.Module) -> float:
+        _, params = jf.functional(weights.merge_masks(pruned))
+        parts = [windows[i : i + rows] for i in range(0, len(windows), rows)]
+        return -float(np.average([float(loss(params, part)) for part in parts], weights=[len(p) for p in parts]))
+
+    return metric
+
+
+def next_token(apply: Any, params: Any, batch: Any, key: Any) -> tuple[jax.Array, dict[str, Any]]:
+    logits = apply(params, {"input_ids": batch["input_ids"]}, rngs=key).logits
+    return losses.cross_entropy(logits[:, :-1], batch["input_ids"][:, 1:]), {}
+
+
+def tuner(config: Config, ids: np.ndarray, seed: int) -> Callable[[nnx.Module], nnx.Module]:
+    """Fine-tuning as the paper does it: AdamW, linear decay to 0, no warm-up, no weight decay, no clipping."""
+    optim = OptimConfig(learning_rate=config.rate, schedule="linear", clip_norm=None)
+    settings = TrainConfig(steps=config.steps, optim=optim, log_every=config.steps, progress=False)
+
+    def tune(model: nnx.Module) -> nnx.Module:
+        data = batches.token_batches(ids, config.length, config.batch, seed=seed)
+        return fit(next_token, model, data, settings, key=jax.random.key(seed)).model
+
+    return tune
+
+
+def ticket(
+    config: Config, model: nnx.Module, metric: Callable[[nnx.Module], float], tune: Callable[[nnx.Module], nnx.Module]
+) -> dict[str, float]:
+    """A lottery ticket against one-shot magnitude at its sparsity: similarity of the masks, quality after tuning."""
+    found = lottery_ticket(model, lambda masked, i: tune(masked), rounds=config.rounds)
+    once = prune(model, sparsity=found.report.sparsity)
+    quality = lambda pruned: metric(tune(weights.add_masks(pruned.model, pruned.masks)))  # noqa: E731
+    return {
+        "sparsity": found.report.sparsity,
+        "similarity": mask_similarity(found.masks, once.masks).overall,
+        "ticket": quality(found),
+        "one-shot": quality(once),
+    }
+
+
+def averaged(curves: list[Curve]) -> list[Curve]:
+    """One curve per method, with and without tuning: the mean over seeds."""
+    kinds = dict.fromkeys((c.method, c.finetuned) for c in curves)
+    groups = [[c for c in curves if (c.method, c.finetuned) == kind] for kind in kinds]
+    return [
+        dataclasses.replace(group[0], metric=tuple(np.mean([c.metric for c in group], axis=0).tolist()))
+        for group in groups
+    ]
+
+
+def report(config: Config, curves: list[Curve], means: list[Curve], tickets: list[dict[str, float]], out: Path) -> None:
+    """The tables (mean and deviation over seeds) and the figure."""
+    rows = []
+    for mean in means:
+        own = [c for c in curves if (c.method, c.finetuned) == (mean.method, mean.finetuned)]
+        at = lambda s, own=own: common.mean_std([np.exp(-c.metric[c.sparsity.index(s)]) for c in own])  # noqa: E731
+        rows.append(
+            {"way": f"{mean.method}{', tuned' if mean.finetuned else ''}"}
+            | {f"{s:.0%}": at(s) if s in mean.sparsity else "–" for s in config.tuned}
+            | {f"ES {config.tau:g}": f"{mean.essential_sparsity:g}", "knee": f"{mean.knee:g}"}
+        )
+    common.table("perplexity on held-out text by sparsity", rows)
+    common.table(
+        "lottery tickets and one-shot masks, perplexity after tuning",
+        [
+            {
+                "sparsity": common.mean_std([t["sparsity"] for t in tickets]),
+                "similarity": common.mean_std([t["similarity"] for t in tickets]),
+                "ticket": common.mean_std([np.exp(-t["ticket"]) for t in tickets]),
+                "one-shot": common.mean_std([np.exp(-t["one-shot"]) for t in tickets]),
+            }
+        ],
+    )
+
+    def draw(fig: Any) -> None:
+        axis = fig.subplots()
+        sparsity_curve.draw(axis, means)
+        low = min(c.metric[0] for c in means)
+        axis.set(ylim=(low - 1.0, low + 0.1), ylabel="minus cross-entropy on held-out text, nats")
+
+    common.figure(out / "figure.png", draw)
+
+
+if __name__ == "__main__":
+    common.main("essential_sparsity", PRESETS, run)
