@@ -68,23 +68,23 @@ def first_inputs(model: nnx.Module, calibration: Mapping[str, np.ndarray], batch
     model = surgery.copy(model)
     model.layers = nnx.data(_Recorder())
     graph, state = nnx.split(model)
-
-    @jax.jit
-    def embed(state: Any, batch: Mapping[str, jax.Array]) -> Any:
-        model = nnx.merge(graph, state)
-        model(**batch)
-        x, context = model.layers.seen[0]
-        for name, value in context.items():  # traced, whole numbers would no longer be numbers in the block
-            if isinstance(value, tuple) and value and all(isinstance(n, int) for n in value):
-                raise ValueError(f"model: the blocks of {type(model).__name__} are given {name}={value}, no array")
-        return x, context
-
     items = []
     for start in range(0, len(next(iter(calibration.values()))), batch_size):
         batch = {name: array[start : start + batch_size] for name, array in calibration.items()}
-        x, context = embed(state, batch)
+        x, context = _embed(graph, state, batch)
         items.append((np.asarray(x), jax.tree.map(np.asarray, context), batch.get("attention_mask")))
     return items
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(graph: Any, state: Any, batch: Mapping[str, jax.Array]) -> Any:
+    model = nnx.merge(graph, state)
+    model(**batch)
+    x, context = model.layers.seen[0]
+    for name, value in context.items():  # traced, whole numbers would no longer be numbers in the block
+        if isinstance(value, tuple) and value and all(isinstance(n, int) for n in value):
+            raise ValueError(f"model: the blocks of {type(model).__name__} are given {name}={value}, no array")
+    return x, context
 
 
 class _Recorder(nnx.Module):
@@ -199,6 +199,12 @@ def unwrap(kernel: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
 def shared_inputs(block: nnx.Module, x: Any, context: Any, names: list[str]) -> list[tuple[str, ...]]:
     """The linears ``names`` grouped by the input they share, in the order in which data reach them."""
     graph, state = nnx.split(block)
+    leaves, tree = jax.tree.flatten((state, x, context))
+    return list(_shared_inputs(graph, tree, tuple((np.shape(a), jnp.result_type(a)) for a in leaves), tuple(names)))
+
+
+@functools.lru_cache(maxsize=64)  # equal blocks are traced once
+def _shared_inputs(graph: Any, tree: Any, leaves: tuple, names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     groups: dict[int, list[str]] = {}
 
     def trace(state: Any, x: jax.Array, context: Any) -> None:
@@ -209,8 +215,8 @@ def shared_inputs(block: nnx.Module, x: Any, context: Any, names: list[str]) -> 
                 groups.setdefault(id(value), []).append(site.removesuffix(".input"))
         del held
 
-    jax.eval_shape(trace, state, x, context)
-    return [tuple(group) for group in groups.values()]
+    jax.eval_shape(trace, *tree.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves]))
+    return tuple(tuple(group) for group in groups.values())
 
 
 def collect(
