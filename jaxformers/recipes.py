@@ -33,8 +33,9 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from jaxformers import compress, hub
+from jaxformers import compress, hub, weights
 from jaxformers.atomic import write_json_atomic
+from jaxformers.compress import essential_sparsity
 from jaxformers.compress.block import Settings
 from jaxformers.compress.gptq import calibration_ids
 from jaxformers.compress.rmsnorm import norm_form
@@ -147,6 +148,43 @@ def _remove(model: nnx.Module, options: dict[str, Any], data: Data) -> nnx.Modul
     return model
 
 
+@dataclasses.dataclass(frozen=True)
+class Pruning:
+    """What :func:`jaxformers.compress.prune` takes, its method as ``by``. ``masks``: kernels keep their masks, so that
+    later steps keep the zeros; False leaves plain kernels, for steps that refuse masks."""
+
+    by: str = "magnitude"
+    sparsity: float | None = None
+    keep_n: int | None = None
+    m: int | None = None
+    scope: str | None = None
+    include: str | Sequence[str] = essential_sparsity.BLOCKS
+    exclude: str | Sequence[str] = ()
+    damp: float = 0.01
+    blocksize: int = 128
+    batch_size: int = 8
+    strict: bool = True
+    masks: bool = True
+
+    def __post_init__(self) -> None:
+        calibration, key = self.by in CALIBRATED or None, self.by in ("random", "erk") or None  # there will be some
+        essential_sparsity.check_options(
+            self.by, self.sparsity, self.keep_n, self.m, self.scope, calibration, key, self.damp, self.blocksize
+        )
+
+
+CALIBRATED = ("wanda", "sparsegpt")
+
+
+def _prune(model: nnx.Module, options: dict[str, Any], data: Data) -> nnx.Module:
+    given = dataclasses.asdict(Pruning(**options))
+    by, keep = given.pop("by"), given.pop("masks")
+    given |= {"calibration": data.calibration} if by in CALIBRATED else {}
+    given |= {"key": data.key} if by in ("random", "erk") else {}
+    pruned = compress.prune(model, by, **given)
+    return weights.add_masks(pruned.model, pruned.masks) if keep else pruned.model
+
+
 def _ids(calibration: Any, method: str) -> np.ndarray:
     ids = calibration.get("input_ids") if isinstance(calibration, Mapping) else calibration
     if ids is None or (isinstance(calibration, Mapping) and len(calibration) > 1):
@@ -191,6 +229,9 @@ METHODS: dict[str, Method] = {
         lambda options: Settings(**options),
         _quantize,
         lambda options: options.get("method", "gptq") != "rtn",
+    ),
+    "prune": Method(
+        _fields(Pruning), lambda options: Pruning(**options), _prune, lambda options: options.get("by") in CALIBRATED
     ),
     "remove_layers": Method(_fields(Removal), lambda options: Removal(**options), _remove, ALWAYS),
     "upcycle_mla": _plain(compress.upcycle_mla, "report", "key"),

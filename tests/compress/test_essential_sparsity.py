@@ -14,6 +14,7 @@ from jaxformers import evaluation
 from jaxformers.compress import hessian, pruning, threshold
 from jaxformers.compress.essential_sparsity import erk_densities, prunable, prune
 from jaxformers.data import text
+from jaxformers.recipes import read_recipe, run_recipe
 from jaxformers.weights import Masked, PackedWeight, add_lora, add_masks, masks_of, merge_lora
 from tests import tiny
 
@@ -259,20 +260,22 @@ def test_bfloat16_has_ties_and_exact_counts():
 
 
 def test_pruned_then_quantised_keeps_its_zeros(tmp_path):
+    """As a chain of checkpoints: masks are in the first, and in the codes of the second."""
     config = jf.models.llama.Config(vocab_size=20, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
                                     intermediate_size=64, max_position_embeddings=16)  # fmt: skip
     model = jf.init(config, head="causal_lm", key=jax.random.key(0))
-    pruned = prune(model, "sparsegpt", keep_n=2, m=4, calibration=IDS)
-    small = jf.compress.gptq(add_masks(pruned.model, pruned.masks), IDS, bits=4)
-    jf.save(small, tmp_path / "small")
-    again = jf.load(tmp_path / "small")
-    for path, mask in pruned.masks.items():
-        module = again
-        for part in path.split("."):
-            module = getattr(module, part)
-        kernel = module.kernel.get_value()
+    jf.save(model, tmp_path / "dense")
+    steps = [{"method": "prune", "by": "sparsegpt", "keep_n": 2, "m": 4}, {"method": "gptq", "bits": 4}]
+    chain = run_recipe(tmp_path / "dense", steps, tmp_path / "out", calibration=IDS)
+    masks = prune(model, "sparsegpt", keep_n=2, m=4, calibration=IDS).masks
+    again = jf.load(tmp_path / "out" / chain.rows[2].directory)
+    assert masks_of(jf.load(tmp_path / "out" / chain.rows[1].directory)).keys() == masks.keys()
+    for path, mask in masks.items():
+        kernel = merged_kernel(again, path)
         assert isinstance(kernel, PackedWeight)
         assert not np.any(np.asarray(kernel.dense())[~np.asarray(mask)]), path
+    with pytest.raises(ValueError, match="step 0: prune: sparsity=2: must be"):
+        read_recipe([{"method": "prune", "sparsity": 2}])
 
 
 def test_pruned_with_a_low_rank_update(tmp_path):
