@@ -77,16 +77,15 @@ def models(args, dtype):
         return jax.grad(lambda params, ids: jf.losses.cross_entropy(run(params, ids)[:, :-1], ids[:, 1:])), params
 
     forms = {name: model if options is None else convert_norm(model, **options) for name, options in FORMS.items()}
-    forward = ratios({name: (*logits(m), ids) for name, m in forms.items()}, args.repeats)
     bare = surgery.copy(model)  # no norm at all: what the others could save at most
     for stream in jf.residual.streams(bare):
         for path in stream.norms:
             parent, _, name = path.rpartition(".")
             setattr(jf.residual.at(bare, parent), name, nn.Identity())
+    forms["no norm"] = bare
+    forward = ratios({name: (*logits(m), ids) for name, m in forms.items()}, args.repeats)
     own = {"pre-ln": model, "pre-rms, recentred in every pass": convert_norm(model, on_the_fly=True)}
-    training = ratios({name: (*gradients(m), ids) for name, m in own.items()}, args.repeats)
-    without = ratios({"pre-ln": (*logits(model), ids), "no norm": (*logits(bare), ids)}, args.repeats)
-    return forward, without[1:], training
+    return forward, ratios({name: (*gradients(m), ids) for name, m in own.items()}, args.repeats)
 
 
 def main():
@@ -102,9 +101,9 @@ def main():
     for dtype in args.dtypes:
         lines += ["", f"Residual addition and norm, {args.rows} × {args.width}, {dtype}:", "", *head]
         lines += norms(args.width, args.rows, dtype, args.repeats)
-        forward, without, training = models(args, dtype)
+        forward, training = models(args, dtype)
         size = f"{args.layers} layers of width {args.width}, {args.batch} × {args.length} tokens, {dtype}"
-        lines += ["", f"Forward pass of a GPT-2 with {size}:", "", *head, *forward, *without]
+        lines += ["", f"Forward pass of a GPT-2 with {size}:", "", *head, *forward]
         lines += ["", "Loss and gradients of the same:", "", *head, *training]
     device = jax.devices()[0]
     lines += [
