@@ -14,7 +14,7 @@ from test_residual import FAST, inputs_of
 
 import jaxformers as jf
 from jaxformers import nn, paths, residual, weights
-from jaxformers.compress import convert_norm, convert_norm_checkpoint, gptq, rmsnorm, verify_norm
+from jaxformers.compress import convert_norm, convert_norm_checkpoint, gptq, prune, rmsnorm, verify_norm
 from jaxformers.models import gpt2, vit
 
 TARGETS = ("zero-mean-ln", "rms", "crms")
@@ -447,6 +447,20 @@ def test_converted_quantised_saved_loaded_and_generating(oracles, tmp_path):
     close(out.logits, run(packed, batch).logits, 1e-5)
     assert np.corrcoef(np.ravel(out.logits), np.ravel(run(model, batch).logits))[0, 1] > 0.9
     with pytest.raises(ValueError, match="has a PackedWeight; merge low-rank updates before, quantise and prune after"):
+        convert_norm(again, "rms")
+
+
+def test_converted_pruned_saved_and_loaded(oracles, tmp_path):
+    small = convert_norm(jf.load(oracles / "rmsnorm/gpt2_tiny"), "crms")
+    pruned = prune(small, sparsity=0.5)
+    masked = weights.add_masks(pruned.model, pruned.masks)
+    jf.save(masked, tmp_path / "half")
+    again = jf.load(tmp_path / "half")
+    kernel = again.layers[0].mlp.up.kernel.get_value()
+    assert isinstance(kernel, weights.Masked) and kernel.shape == (23, 96) and isinstance(again.final_norm, nn.CRMSNorm)
+    before, after = (jax.tree.leaves(nnx.to_pure_dict(nnx.state(m))) for m in (masked, again))
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    with pytest.raises(ValueError, match="has a Masked; merge low-rank updates before, quantise and prune afterwards"):
         convert_norm(again, "rms")
 
 
