@@ -49,12 +49,12 @@ class Config:
     group: int = 4
     rank: int = 8
     epochs: int = 20
-    samples: int = 64
+    samples: int = 32
     influence: int = 32
     batch: int = 8
     rate: float = 9.65e-6
     coefficient_rate: float = 1e-3
-    windows: int | None = 300
+    windows: int | None = 200
     seeds: int = 3
 
 

@@ -29,6 +29,13 @@ def copy(model: nnx.Module) -> nnx.Module:
     return named(nnx.clone(model))
 
 
+def with_kernels(model: nnx.Module) -> list[tuple[str, Any]]:
+    """``[(path, module)]`` of everything that has a kernel, convolutions and experts too, in the model's order."""
+    found = [(".".join(map(str, path)), module) for path, module in nnx.iter_modules(model)]
+    held = [(path, m) for path, m in found if isinstance(getattr(m, "kernel", None), nnx.Variable)]
+    return sorted(held, key=lambda hit: natural(hit[0]))
+
+
 def find_linears(model: nnx.Module, patterns: paths.Patterns) -> list[tuple[str, Any]]:
     """``[(path, Linear)]`` in the model's order, those whose path matches. Raises ValueError when none does,
     or when one has no matrix as kernel."""

@@ -27,6 +27,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -151,7 +152,7 @@ def _recorded(
     settle_masks(model)  # a mask over a kernel that is packed now is in its codes
     ternary = [
         (path, weight)
-        for path, linear in surgery.find_linears(model, "**")
+        for path, linear in surgery.with_kernels(model)
         if isinstance(weight := _innermost(linear.kernel.get_value()), TernaryWeight)
     ]
     if ternary:
@@ -197,7 +198,8 @@ def dequantize(model: nnx.Module, dtype: Any = None) -> nnx.Module:
     embeddings). Low-rank updates on top of them stay. The copy saves as an ordinary checkpoint.
     """
     model = surgery.copy(model)
-    dtype = model.embeddings.token.embedding.get_value().dtype if dtype is None else dtype
+    if dtype is None:
+        dtype = next(leaf.dtype for leaf in jax.tree.leaves(nnx.state(model.embeddings)))
 
     def plain(kernel: Any) -> Any:
         if isinstance(kernel, PackedWeight | TernaryWeight):
@@ -206,7 +208,7 @@ def dequantize(model: nnx.Module, dtype: Any = None) -> nnx.Module:
             return dataclasses.replace(kernel, base=plain(kernel.base))
         return kernel
 
-    for _, linear in surgery.find_linears(model, "**"):
+    for _, linear in surgery.with_kernels(model):
         linear.kernel.set_value(plain(linear.kernel.get_value()))
     hf = json.loads(model.config.hf)
     hf.pop("quantization_config", None)

@@ -223,6 +223,11 @@ def check_models(teacher: nnx.Module, student: nnx.Module, config: MiniLMConfig)
             kind = "a decoder" if is_causal(model) else "an encoder"
             raise ValueError(f"causal: the {name} is {kind}, the relations are to be causal={config.causal}")
     own = [model.layers[layer - 1].attention for model, layer in zip((teacher, student), layers, strict=True)]
+    for name, attention in zip(("teacher", "student"), own, strict=True):
+        for projection in PROJECTIONS.values():
+            if not hasattr(attention, projection):
+                kind = type(attention).__name__
+                raise ValueError(f"{name}: relations compare queries, keys and values; its {kind} has no {projection}")
     for pair, _ in config.relations:
         for name, attention in zip(("teacher", "student"), own, strict=True):
             widths = [_width(attention, letter) for letter in pair]

@@ -94,7 +94,7 @@ def merge_lora(model: nnx.Module) -> nnx.Module:
     Where a mask lies over the update, it stays, and holds for the merged kernel; one below the update is gone.
     """
     model = surgery.copy(model)
-    for _, linear in surgery.find_linears(model, "**"):
+    for _, linear in surgery.with_kernels(model):
         kernel = linear.kernel.get_value()
         if isinstance(kernel, LowRank):
             linear.kernel.set_value(kernel.dense())
