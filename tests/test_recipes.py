@@ -12,7 +12,8 @@ from jaxformers import cli, recipes, weights
 from jaxformers.data.tokenizers import train_bpe
 from jaxformers.evaluation import perplexity
 from jaxformers.models import bert, llama
-from jaxformers.recipes import METHODS, read_recipe, run_recipe
+from jaxformers.recipe_steps import METHODS, Method
+from jaxformers.recipes import read_recipe, run_recipe
 
 TEXT = "the first line of a text and a second one, which is longer than the first one was\n" * 40
 STEPS = [
@@ -83,7 +84,7 @@ def test_a_killed_run_goes_on_after_the_last_finished_step(source, done, tmp_pat
                 raise KeyboardInterrupt
             return real.apply(model, options, data)
 
-        return recipes.Method(real.options, real.check, apply, real.calibrated)
+        return Method(real.options, real.check, apply, real.calibrated)
 
     for fail in (True, False):
         for name in ("fusegpt", "gptq"):
@@ -126,6 +127,8 @@ def test_the_command(source, tmp_path, capsys):
         ([{"method": "fusegpt", "rate": "much"}], "step 0: fusegpt: .*not supported between"),
         ([{"method": "fusegpt", "group_size": 3}], "step 0: fusegpt: group_size=3: must be even"),
         ([{"method": "remove_layers", "count": 1, "by": "size"}], "by='size': must be"),
+        ([{"method": "prune", "by": "wanda", "keep_n": 5, "m": 4}], "prune: keep_n=5, m=4: of every m"),
+        ([{"method": "prune", "sparsity": 1.5}], "prune: sparsity=1.5: must be a share"),
         ([{"method": "upcycle_mla"}], "upcycle_mla: d_n is missing"),
         ([{"method": "dequantize", "dtype": "float32"}], "dequantize has no option 'dtype'; it takes none"),
     ],
@@ -155,6 +158,14 @@ def test_files_and_data_that_cannot_be(source, tmp_path):
         )
     with pytest.raises(ValueError, match="step 0, fusegpt: model: Bert is no decoder"):
         run_recipe(tmp_path / "bert", STEPS[:1], tmp_path / "o", calibration=np.ones((8, 8), int))
+
+
+def test_pruned_then_packed(source, tmp_path):
+    """Zeros that the first step made are exact zeros after the second."""
+    steps = [{"method": "prune", "keep_n": 2, "m": 4}, {"method": "gptq", "scheme": "rtn", "bits": 8}]
+    small = run_recipe(source / "model", steps, tmp_path / "o").model
+    kernel = np.asarray(small.layers[0].mlp.up.kernel.get_value().dense())
+    assert ((kernel.reshape(-1, 4, kernel.shape[1]) == 0).sum(1) >= 2).all()
 
 
 def test_a_metric_of_ones_own(tmp_path):

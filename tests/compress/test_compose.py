@@ -101,6 +101,21 @@ def lora(model):
     return model
 
 
+def prune(model):
+    """2 of every 4 inputs stay, and masks keep the zeros."""
+    found = jf.compress.prune(model, keep_n=2, m=4)
+    return weights.add_masks(found.model, found.masks)
+
+
+def is_sparse(model):
+    """Are half of the entries of an untouched kind of kernel zero?"""
+    kernel = model.layers[1].mlp.down.kernel.get_value()
+    while isinstance(kernel, weights.LowRank):
+        kernel = kernel.base
+    zeros = np.asarray(weights.dense(kernel)) == 0
+    return 0.5 <= zeros.mean() < 0.8
+
+
 def x_ecomla(model):
     return jf.compress.upcycle_mla(model, kv_rank=32, query_rank=32, d_n=16, d_r=16)
 
@@ -128,9 +143,11 @@ OPERATIONS = {
     "compact": Operation(compact, lambda m: widths(m)[0] < widths(m)[-1]),
     "compact, uniform": Operation(compact_evenly, lambda m: max(widths(m)) < 96),
     "LoRA": Operation(lora, lambda m: holds(m, weights.LowRank)),
+    "prune 2:4": Operation(prune, is_sparse),
     "X-EcoMLA": Operation(x_ecomla, lambda m: hasattr(m.layers[0].attention, "kv_up")),
 }
 
+MASKED = "is a Masked"
 # (first, then) -> None where it works, else what the error says
 PACKED = "is a PackedWeight.*dequantize"
 ADAPTED = "is a LowRank.*merge_lora"
@@ -166,6 +183,19 @@ PAIRS = {
     ("LoRA", "compact, uniform"): ADAPTED,
     ("LoRA", "LoRA"): None,
     ("LoRA", "X-EcoMLA"): None,
+    ("GPTQ", "prune 2:4"): "quantised",
+    ("FuseGPT", "prune 2:4"): None,
+    ("compact", "prune 2:4"): None,
+    ("compact, uniform", "prune 2:4"): None,
+    ("LoRA", "prune 2:4"): None,
+    ("X-EcoMLA", "prune 2:4"): None,
+    ("prune 2:4", "GPTQ"): None,
+    ("prune 2:4", "FuseGPT"): MASKED,
+    ("prune 2:4", "compact"): MASKED,
+    ("prune 2:4", "compact, uniform"): MASKED,
+    ("prune 2:4", "LoRA"): None,
+    ("prune 2:4", "prune 2:4"): None,
+    ("prune 2:4", "X-EcoMLA"): None,
     ("X-EcoMLA", "GPTQ"): None,
     ("X-EcoMLA", "FuseGPT"): NUMBERED,
     ("X-EcoMLA", "compact"): None,
