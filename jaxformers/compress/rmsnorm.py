@@ -140,7 +140,11 @@ def _converted(model: nnx.Module, wanted: Mapping[str, Form]) -> nnx.Module:
 
 def abstract_norms(model: nnx.Module, *, streams: list[str], **settings: Any) -> nnx.Module:
     """Rebuild the structure that :func:`convert_norm` made; the checkpoint fills the values."""
-    return _converted(surgery.copy(model), {path: Form(**settings) for path in streams})
+    form = Form(**settings)
+    # folded LayerNorms have biases that their class has not: what was converted back keeps them
+    asked = dataclasses.replace(form, target="rms") if form.target == "zero-mean-ln" else form
+    _refuse(checks.refusal(model, folding.stream_at(model, path), asked) for path in streams)
+    return _converted(surgery.copy(model), dict.fromkeys(streams, form))
 
 
 def _say_what_leaves(model: nnx.Module, stream: residual.Stream, form: Form) -> None:

@@ -529,6 +529,20 @@ def test_weights_that_others_changed_are_refused(oracles):
         convert_norm(nn.add_adapters(model, size=2, key=jax.random.key(0)), "rms")
 
 
+def test_a_record_that_does_not_fit_is_refused(oracles):
+    told = {"streams": [""], "target": "rms", "fold": False}
+    record = lambda **changes: {"surgery": [{"function": rmsnorm.RECORD, "arguments": told | changes}]}
+    bert, model = (jf.hub.outline(oracles / name).model for name in ("backbones/bert/mlm", "rmsnorm/gpt2_tiny"))
+    for target, section, message in (
+        (bert, record(), "is post-norm"),
+        (model, record(streams=["encoder"]), "has no residual stream 'encoder'"),
+        (model, record(target="batch"), "target: expected one of"),
+        (model, record(fold="no", width=3), "unexpected keyword argument 'width'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jf.surgery.replay(target, section)
+
+
 def test_states_that_leave_without_a_norm_are_logged(oracles, caplog):
     model = jf.load(oracles / "mixed/clip-vision")
     with caplog.at_level(logging.WARNING):
