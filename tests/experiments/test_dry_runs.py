@@ -21,6 +21,7 @@ EXPECTED = {
     "minilm": (132, 25, 60),
     "star": (357, 2e4, 5e4),
     "linktransformer": (278, 3, 10),
+    "rmsnorm": (125, 24, 32),
     "x_ecomla": (2471, 4.5e3, 6.5e3),
 }
 

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 import jaxformers as jf
-from experiments import common, gptq, linktransformer, minilm, star
+from experiments import common, gptq, linktransformer, minilm, rmsnorm, star
 from jaxformers import nn
 from jaxformers.compress.minilm import check_models, minilm_objective, v1, v2
 from jaxformers.compress.minilm_distil import StudentConfig, student_model
@@ -45,7 +45,7 @@ def roberta(layers, width, heads, vocab=50265):
     })  # fmt: skip
 
 
-@pytest.mark.parametrize("experiment", [gptq, linktransformer, minilm, star])
+@pytest.mark.parametrize("experiment", [gptq, linktransformer, minilm, rmsnorm, star])
 def test_presets_are_chosen_by_name(experiment):
     assert set(experiment.PRESETS) == {"smoke", "small", "paper"}
     for name in experiment.PRESETS:
