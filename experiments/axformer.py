@@ -46,7 +46,7 @@ class Config:
     layers: int = 4
     heads: int = 4
     length: int = 32
-    steps: int = 600
+    steps: int = 300
     batch: int = 32
     rate: float = 1e-3
     dropout: float = 0.1
