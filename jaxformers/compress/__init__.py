@@ -8,11 +8,15 @@ from jaxformers.compress.gptq import dequantize, gptq, quantize_checkpoint  # gp
 from jaxformers.compress.rmsnorm import convert_norm, convert_norm_checkpoint, verify_norm
 from jaxformers.compress.sparsity_curve import lottery_ticket, mask_similarity, sparsity_sweep
 from jaxformers.compress.teacher_intervention_qat import qat
+from jaxformers.compress.vtrans_distil import DistilConfig
+from jaxformers.compress.vtrans_prune import VTransConfig, vib_prune
 from jaxformers.compress.x_ecomla import upcycle_mla
 from jaxformers.compress.zero_tprune import prune_tokens
 
 __all__ = [
+    "DistilConfig",
     "FuseConfig",
+    "VTransConfig",
     "block_influence",
     "convert_norm",
     "convert_norm_checkpoint",
@@ -31,4 +35,5 @@ __all__ = [
     "specialise",
     "upcycle_mla",
     "verify_norm",
+    "vib_prune",
 ]
