@@ -91,14 +91,15 @@ class VTransConfig:
 
 
 class Pruned(NamedTuple):
-    """``model``: the smaller one; ``masks``: what was cut, by the model before (``unfinetuned`` weights in
-    ``trained``); ``gates``: their mu and logD; ``report``: plain numbers."""
+    """``model``: the smaller one; ``masks``: what was cut out of ``trained``, the model before; ``gates``: their mu and
+    logD; ``report``: plain numbers; ``history``: the records of training, expected sparsity and λ2 among them."""
 
     model: nnx.Module
     masks: dict[str, Any]
     gates: dict[str, Any]
     trained: nnx.Module
     report: dict[str, Any]
+    history: list[dict[str, Any]]
 
 
 def vib_prune(
@@ -173,7 +174,7 @@ def vib_prune(
     numbers |= report(model, small, masks, counted, data if val_data is None else val_data)
     if val_data is not None:
         numbers["val_loss"] = mean(jax.jit(_loss_of(small, task)), functional(small)[1], val_data, config.batch)
-    return Pruned(small, masks, chosen["gates"], trained, numbers)
+    return Pruned(small, masks, chosen["gates"], trained, numbers, done.history)
 
 
 def default_loss(model: nnx.Module, data: Mapping[str, Any]) -> Loss:
