@@ -13,8 +13,8 @@ from jaxformers.compress import DistilConfig, VTransConfig, vib_prune
 from jaxformers.compress.vtrans_prune import BudgetMissed
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-QUICK = VTransConfig(steps=160, rate=1e-3, mask_rate=0.2, kl_factor=1e-4, head_kl=8, hidden_kl=8, check_every=20,
-                     tolerance=(0.02, 0.02))  # fmt: skip
+QUICK = VTransConfig(steps=160, rate=1e-3, mask_rate=0.3, lambda_rate=0.3, kl_factor=1e-3, head_kl=4, hidden_kl=4,
+                     warmup=0.5, check_every=20, tolerance=(0.02, 0.02))  # fmt: skip
 
 
 def rows(n=128):

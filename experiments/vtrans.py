@@ -1,0 +1,259 @@
+"""VTrans: does a classifier pruned by variational gates keep more than one that is cut at random, or by magnitude?
+
+A post-norm encoder, trained from scratch on short reviews until it fits them, is brought to a share of its parameters
+(tables included): by VTrans with weights and gates ("full") or gates alone ("faster"), by random masks, and by the
+norms of heads, units and hidden units. All are fine-tuned for as many steps in total and judged on the test rows, which
+nothing was chosen on.
+
+    python -m experiments.vtrans                   # small: minutes on two CPU cores, three seeds
+    python -m experiments.vtrans paper --checkpoint your-finetuned-bert --data sst2/
+
+Data: `--data` a directory with train, val and test as .jsonl (text, label; .gz too), by default sentiment_sentences
+beside the repository, else: which package of the standard library is this line of code from?
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import jaxformers as jf
+from experiments import common
+from jaxformers import gates, units
+from jaxformers.compress import VTransConfig, vib_prune, vtrans
+from jaxformers.compress.vtrans_distil import DistilConfig
+from jaxformers.data.batches import array_batches
+from jaxformers.data.text import python_sources, read_records
+from jaxformers.data.tokenizers import load_tokenizer, train_wordpiece
+from jaxformers.losses import cross_entropy
+from jaxformers.models import bert
+from jaxformers.train import OptimConfig, TrainConfig, fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """`checkpoint`: a fine-tuned classifier; None trains one of the sizes below. `keep`: shares of the parameters that
+    stay; `steps` train gates, `finetune` follow, and the baselines get both. `rows`: of each split at most."""
+
+    checkpoint: str | None = None
+    data: Path | None = None
+    rows: int | None = None
+    vocab: int = 1500
+    length: int = 24
+    width: int = 64
+    layers: int = 4
+    heads: int = 4
+    inner: int = 256
+    dense_steps: int = 500
+    dense_rate: float = 1e-3
+    keep: tuple[float, ...] = (0.5, 0.2)
+    steps: int = 240
+    finetune: int = 120
+    batch: int = 32
+    rate: float = 5e-4
+    mask_rate: float = 0.2
+    lambda_rate: float = 0.2
+    kl_factor: float = 1e-3
+    head_kl: float = 4.0
+    hidden_kl: float = 4.0
+    warmup: float = 0.5
+    distil: bool = True
+    seeds: int = 3
+
+
+PRESETS = {
+    "smoke": Config(
+        rows=64, vocab=200, width=16, layers=2, heads=2, inner=32, length=12, dense_steps=10, keep=(0.5,), steps=120,
+        finetune=2, batch=16, mask_rate=0.4, lambda_rate=0.4, kl_factor=1e-2, seeds=1,
+    ),
+    "small": Config(),
+    "paper": Config(
+        checkpoint="textattack/bert-base-uncased-SST-2", length=128, keep=(0.3, 0.2, 0.1), steps=42_000,
+        finetune=42_000, rate=2e-5, mask_rate=0.05, lambda_rate=0.1, kl_factor=1e-6, head_kl=256.0,
+        hidden_kl=30.0, warmup=0.1, seeds=1,
+    ),
+}  # fmt: skip
+
+
+def run(config: Config, out: Path) -> dict[str, Any]:
+    texts = splits(config)
+    if config.checkpoint is None:
+        tokenizer = train_wordpiece(texts["train"][0], config.vocab, max_length=config.length)
+        rows = {name: encode(tokenizer, *part, config.length) for name, part in texts.items()}
+        dense = train_dense(config, tokenizer.vocab_size, rows["train"])
+    else:
+        dense, tokenizer = jf.load(config.checkpoint), load_tokenizer(config.checkpoint)
+        rows = {name: encode(tokenizer, *part, config.length) for name, part in texts.items()}
+    found = [{"method": "dense", "keep": 1.0, "seed": 0, "test": accuracy(dense, rows["test"])}]
+    for seed in range(config.seeds):
+        for keep in config.keep:
+            for method in ("full", "faster", "random", "magnitude"):
+                if method == "faster" and keep != min(config.keep):
+                    continue
+                record = {"method": method, "keep": keep, "seed": seed, **one(config, dense, rows, method, keep, seed)}
+                found.append(record)
+                with open(out / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(common.plain(record)) + "\n")
+    common.table(f"VTrans, {config.seeds} seeds: accuracy on test", summary(found))
+    common.figure(out / "figure.png", lambda fig: draw(fig, found))
+    return {"rows": found}
+
+
+def one(config: Config, dense: nnx.Module, rows: dict, method: str, keep: float, seed: int) -> dict[str, Any]:
+    """Prune by one method, fine-tune, measure."""
+    key, began = jax.random.key(seed), time.perf_counter()
+    if method in ("full", "faster"):
+        settings = VTransConfig(
+            steps=config.steps, finetune_steps=config.finetune, batch=config.batch, rate=config.rate,
+            mask_rate=config.mask_rate, lambda_rate=config.lambda_rate, kl_factor=config.kl_factor,
+            head_kl=config.head_kl, hidden_kl=config.hidden_kl, warmup=config.warmup, distil=DistilConfig(),
+        )  # fmt: skip
+        teacher = dense if config.distil else None
+        done = vib_prune(
+            dense, rows["train"], {"params": keep}, mode=method, teacher=teacher, config=settings, key=key,
+            val_data=rows["val"],
+        )  # fmt: skip
+        more = {name: done.report[name] for name in ("expected_sparsity", "actual_sparsity", "prune_seconds", "kept")}
+        more["parameters"] = done.report["parameters"][1]
+        return {"test": accuracy(done.model, rows["test"]), "seconds": time.perf_counter() - began, **more}
+    cost = vtrans.costs(dense)
+    masks = baseline_masks(dense, cost, keep, method, seed)
+    small = finetuned(config, jf.compact(dense, masks), rows["train"], config.steps + config.finetune, key)
+    hard = jax.tree.map(lambda m: (m != 0).astype(jnp.float32), masks)
+    return {
+        "test": accuracy(small, rows["test"]), "seconds": time.perf_counter() - began,
+        "actual_sparsity": float(cost.sparsity(hard)), "parameters": parameters(small),
+    }  # fmt: skip
+
+
+def baseline_masks(model: nnx.Module, cost: vtrans.Costs, keep: float, method: str, seed: int) -> dict[str, Any]:
+    """Masks by random numbers, or by the norms of what each head, unit and hidden unit writes; ranked within a kind."""
+    random = np.random.default_rng(seed)
+    scores = {kind: jax.tree.map(lambda m: random.random(m.shape), mine) for kind, mine in gates.ones(
+        model, ("hidden", "heads", "ffn")).items()}  # fmt: skip
+    if method == "magnitude":
+        own = units.axes(model)
+        flat = jf.paths.flatten(jf.functional(model)[1])
+        norm = lambda path, axis: np.square(np.asarray(flat[path])).sum(1 - axis)
+        for path, attention in units.attentions(model):
+            rows = norm(f"{path}.out.kernel", 0)
+            scores["heads"][path] = np.sqrt(rows.reshape(attention.heads, -1).sum(1))
+        for path, _ in units.mlps(model):
+            scores["ffn"][path] = np.sqrt(norm(f"{path}.down.kernel", 0) + norm(f"{path}.up.kernel", 1))
+        over = [(p, a) for p, axes in own.items() for a, axis in enumerate(axes) if axis == units.HIDDEN]
+        over = [(p, a) for p, a in over if len(flat[p].shape) == 2]
+        scores["hidden"] = np.sqrt(sum(norm(p, a) for p, a in over))
+    return vtrans.masks_within(ranked(scores), cost, keep)
+
+
+def ranked(scores: dict[str, Any]) -> dict[str, Any]:
+    """Gates whose log alpha is the share of units of their kind that score higher, less one half; means 1."""
+    found = {}
+    for kind, mine in scores.items():
+        every = np.sort(np.concatenate([np.ravel(s) for s in jax.tree.leaves(mine)]))
+        alpha = lambda s, every=every: 0.5 - np.searchsorted(every, s, side="right") / every.size
+        gate = lambda s, alpha=alpha: {"mu": jnp.ones(s.shape), "logD": jnp.asarray(alpha(s))}
+        found[kind] = jax.tree.map(gate, mine)
+    return found
+
+
+def splits(config: Config) -> dict[str, tuple[list[str], np.ndarray]]:
+    """{"train", "val", "test": (texts, labels)}"""
+    root = common.shared_data("sentiment_sentences", config.data)
+    if root is not None:
+        parts = {}
+        for part in ("train", "val", "test"):
+            file = next(f for f in (root / f"{part}.jsonl.gz", root / f"{part}.jsonl") if f.exists())
+            records = read_records(file)[: config.rows]
+            parts[part] = [r["text"] for r in records], np.array([int(r["label"]) for r in records], np.int32)
+        return parts
+    lines, labels = [], []
+    packages = ("asyncio", "email")
+    for name, source in python_sources().items():
+        package = name.split("/")[0]
+        if package in packages:
+            kept = [line.strip() for line in source.splitlines() if len(line.split()) > 3]
+            lines += kept
+            labels += [packages.index(package)] * len(kept)
+    order = np.random.default_rng(0).permutation(len(lines))[:3000]
+    lines, labels = [lines[i] for i in order], np.array(labels, np.int32)[order]
+    bounds = {"train": (0, 2000), "val": (2000, 2500), "test": (2500, 3000)}
+    return {part: (lines[a:b][: config.rows], labels[a:b][: config.rows]) for part, (a, b) in bounds.items()}
+
+
+def encode(tokenizer: Any, texts: list[str], labels: np.ndarray, length: int) -> dict[str, np.ndarray]:
+    batch = tokenizer(texts, max_length=length, buckets=(length,))
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+
+
+def train_dense(config: Config, vocab: int, rows: dict[str, np.ndarray]) -> nnx.Module:
+    size = bert.Config(
+        vocab, config.width, config.layers, config.heads, config.inner, max_position_embeddings=config.length,
+        num_labels=2, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = jf.init(size, head="sequence_classification", key=jax.random.key(1234))
+    return finetuned(config, model, rows, config.dense_steps, jax.random.key(5), config.dense_rate)
+
+
+def finetuned(
+    config: Config, model: nnx.Module, rows: dict, steps: int, key: jax.Array, rate: float | None = None
+) -> nnx.Module:
+    apply, params = jf.functional(model)
+
+    def objective(_, params, batch, key):
+        inputs = {name: x for name, x in batch.items() if name != "labels"}
+        return cross_entropy(apply(params, inputs, rngs=key).logits, batch["labels"]), {}
+
+    train = TrainConfig(
+        steps=steps, optim=OptimConfig(learning_rate=rate or config.rate, warmup=0.1), log_every=steps, progress=False
+    )
+    batches = array_batches(rows, min(config.batch, len(rows["labels"])))
+    done = fit(objective, params, batches, train, key=key)
+    return jf.with_params(model, done.params)
+
+
+def accuracy(model: nnx.Module, rows: dict[str, np.ndarray], batch: int = 250) -> float:
+    apply, params = jf.functional(model)
+    call = jax.jit(lambda p, b: apply(p, b).logits.argmax(-1))
+    n, right = len(rows["labels"]), 0
+    for i in range(0, n, batch):
+        part = {name: x[i : i + batch] for name, x in rows.items() if name != "labels"}
+        right += int((np.asarray(call(params, part)) == rows["labels"][i : i + batch]).sum())
+    return right / n
+
+
+def parameters(model: nnx.Module) -> int:
+    return sum(x.size for x in jax.tree.leaves(jf.functional(model)[1]))
+
+
+def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for method, keep in dict.fromkeys((r["method"], r["keep"]) for r in found):
+        mine = [r for r in found if (r["method"], r["keep"]) == (method, keep)]
+        column = lambda name, mine=mine: [r[name] for r in mine if name in r]
+        rows.append({
+            "method": method, "keep": keep, "accuracy": common.mean_std(column("test")),
+            "left": common.mean_std(1 - s for s in column("actual_sparsity")),
+            "parameters": common.mean_std(column("parameters")), "seconds": common.mean_std(column("seconds")),
+            "to prune": common.mean_std(column("prune_seconds")),
+        })  # fmt: skip
+    return rows
+
+
+def draw(fig: Any, found: list[dict[str, Any]]) -> None:
+    ax = fig.subplots()
+    for i, method in enumerate(dict.fromkeys(r["method"] for r in found)):
+        mine = [r for r in found if r["method"] == method]
+        ax.plot([r["keep"] + 0.008 * i for r in mine], [100 * r["test"] for r in mine], "o", label=method)
+    ax.set(xlabel="share of the parameters that stays", ylabel="test accuracy, %")
+    ax.legend(frameon=False)
+
+
+if __name__ == "__main__":
+    common.main("vtrans", PRESETS, run)
