@@ -264,8 +264,9 @@ def _apply(model: nnx.Module, kept: Kept, cut: Cut) -> nnx.Module:
 def _fewer_heads(model: nnx.Module, path: str, attention: Any, which: np.ndarray) -> None:
     query, shared = units.head_blocks(attention)
     group = query // attention.size
-    stack = path.rpartition(".layers.")[0]
-    if path.endswith(".attention") and units.at(model, f"{stack}.relative_bias".lstrip(".")) is not None:
+    stack = units.at(model, path.rpartition("layers.")[0].rstrip("."))
+    shared_bias = any(getattr(stack, name, None) is not None for name in ("relative_bias", "relative"))
+    if path.endswith(".attention") and shared_bias and isinstance(attention, nn.Attention):
         own = attention.bias_heads or tuple(range(attention.heads))
         attention.bias_heads = tuple(own[i * group + j] for i in which.tolist() for j in range(group))
     attention.heads = len(which) * group

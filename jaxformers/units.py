@@ -12,6 +12,7 @@ from typing import Any
 from flax import nnx
 
 from jaxformers import nn, paths
+from jaxformers import residual as residuals
 
 KINDS = ("heads", "ffn", "sublayers", "hidden", "embeddings")
 PROJECTIONS = ("query", "key", "value", "out")
@@ -163,7 +164,7 @@ def flat_state(model: nnx.Module) -> dict[str, Any]:
 
 def at(model: nnx.Module, path: str) -> Any:
     """The submodule at a dotted path; None where there is none."""
-    for name in path.split("."):
+    for name in path.split(".") if path else ():
         model = getattr(model, name, None)
     return model
 
@@ -224,105 +225,51 @@ def _widths(model: nnx.Module) -> set[int]:
 
 
 def residual(model: nnx.Module) -> dict[str, Axes] | str:
-    """The axes along the residual stream, by parameter; or why this model's stream is not one that can be narrowed."""
-    widths, flat = _widths(model), flat_state(model)
-    if len(widths) != 1:
+    """The axes along the residual stream, by parameter; or why this model's stream is not one that can be narrowed.
+
+    Encoder and decoder that share their embeddings share the stream's units.
+    """
+    if len(widths := _widths(model)) != 1:
         return f"{type(model).__name__} has {len(widths)} widths, {sorted(widths)}, no residual stream of one"
     for path, module in sub_layers(model):
         if not isinstance(module, nn.Attention | nn.MLP) or getattr(module, "reduce", None) is not None:
             return f"{path} is a {type(module).__name__}; how it reads the residual stream is not known here"
-    if not hasattr(model, "embeddings"):
+    if not isinstance(getattr(model, "embeddings", None), nnx.Module):
         return f"{type(model).__name__} has no embeddings of its own at the top"
-    rules = {**_BLOCK, **_embedding_rules(model), **_head_rules(model)}
-    own_memory = at(model, "encoder.layers") is not None  # else cross-attention reads another model's
-    rules["**.cross_attention.{key,value}.*"] = _READS if own_memory else None
-    found: dict[str, Axes] = {}
-    for path in (*flat, *_plain_norms(model)):
-        hits = [rule for pattern, rule in rules.items() if paths.matches(pattern, path)]
-        if not hits:
-            return f"how {path} of {type(model).__name__} lies along the residual stream is not known here"
-        found[path] = _spread(hits[0], path, len(flat[path].shape) if path in flat else 1)
+    flat, found = flat_state(model), {}
+
+    def say(path: str, axis: int, what: Axis) -> None:
+        if path in flat:
+            found.setdefault(path, [None] * len(flat[path].shape))[axis] = what
+
+    try:
+        for stream in residuals.streams(model):
+            for axis in residuals.axes(model, stream):
+                say(axis.path, axis.axis, dataclasses.replace(HIDDEN, copies=axis.copies))
+            for norm in stream.norms:  # also those without parameters
+                found.setdefault(f"{norm}.scale", [HIDDEN])
+    except ValueError as error:
+        return str(error)
+    for path, axis in _columns_of(model):
+        say(path, axis, COLUMN)
+    return {path: tuple(own) for path, own in found.items()}
+
+
+def _columns_of(model: nnx.Module) -> list[tuple[str, int]]:
+    """The axes over the columns of a table that is narrower than the model."""
+    if (narrow := bridge(model)) is None:
+        return []
+    inner = ["token"] if narrow.endswith("project") else ["token", "position", "token_type"]
+    found = [(f"embeddings.{name}.embedding", -1) for name in inner] + [(f"{narrow}.kernel", -2)]
+    found += [(f"embeddings.norm.{leaf}", -1) for leaf in ("scale", "bias") if narrow.endswith("widen")]
+    if tied(model):  # what ends in the table ends in its columns
+        behind = "project_out" if getattr(model, "project_out", None) is not None else "head.dense"
+        found += [(f"{behind}.{leaf}", -1) for leaf in ("kernel", "bias")]
+        found += [(f"head.norm.{leaf}", -1) for leaf in ("scale", "bias")]
     return found
-
-
-def _plain_norms(model: nnx.Module) -> list[str]:
-    """Norms without parameters, under the name that their scale would have."""
-    found = [(".".join(map(str, path)), module) for path, module in nnx.iter_modules(model)]
-    return [f"{path}.scale" for path, module in found if isinstance(module, nn.LayerNorm) and module.scale is None]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Map:
-    """A linear map between units; a bias runs over its outputs."""
-
-    d_in: Axis | None
-    d_out: Axis | None
-
-
-Rule = Axis | _Map | None  # an axis alone is the last one
-_READS, _WRITES = _Map(HIDDEN, None), _Map(None, HIDDEN)
-_BLOCK: dict[str, Rule] = {
-    "**.layers.*.{attention_norm,mlp_norm,cross_attention_norm}.*": HIDDEN,
-    "**.layers.*.{attention_scale,mlp_scale}": HIDDEN,
-    "**.layers.*.{attention,cross_attention}.out.*": _WRITES,
-    "**.layers.*.attention.{query,key,value}.*": _READS,
-    "**.layers.*.attention.relative.table": None,
-    "**.layers.*.cross_attention.query.*": _READS,
-    "**.layers.*.mlp.{up,gate}.*": _READS,
-    "**.layers.*.mlp.down.*": _WRITES,
-    "**.final_norm.*": HIDDEN,
-    "**.relative_bias.embedding": None,
-    "pooler.*": _READS,
-    "contact_head.*": None,
-}
-
-
-def _spread(rule: Rule, path: str, rank: int) -> Axes:
-    own: list[Axis | None] = [None] * rank
-    own[-1] = rule.d_out if isinstance(rule, _Map) else rule
-    if isinstance(rule, _Map) and path.endswith(".kernel"):
-        own[-2] = rule.d_in
-    return tuple(own)
-
-
-def _embedding_rules(model: nnx.Module) -> dict[str, Rule]:
-    narrow = bridge(model)
-    inner = COLUMN if narrow == "embeddings.widen" else HIDDEN
-    return {
-        "embeddings.token.embedding": HIDDEN if narrow is None else COLUMN,
-        "embeddings.{position,token_type}.embedding": inner,
-        "embeddings.norm.*": inner,
-        "embeddings.{project,widen}.*": _Map(COLUMN, HIDDEN),
-        "embeddings.{patch,patch_norm}.*": _WRITES,
-        "embeddings.{cls_token,distillation_token,mask_token,register_tokens}": HIDDEN,
-        "project_out.*": _Map(HIDDEN, COLUMN if tied(model) else None),
-    }
 
 
 def tied(model: nnx.Module) -> bool:
     """Does the head end in the token table?"""
     head = getattr(model, "head", None)
     return isinstance(head, nn.MaskedLMHead | nn.CausalLMHead) and head.decoder is None
-
-
-def _head_rules(model: nnx.Module) -> dict[str, Rule]:
-    """What reads the last hidden state has it as inputs, and what follows that has nothing of it."""
-    head = getattr(model, "head", None)
-    if head is None:
-        return {}
-    width = _widths(model).pop()
-    if isinstance(head, nn.MaskedLMHead):  # it ends in the table's columns where it is tied to it
-        column = (HIDDEN if bridge(model) is None else COLUMN) if tied(model) else None
-        return {"head.dense.*": _Map(HIDDEN, column), "head.norm.*": column, "head.{decoder.*,bias}": None}
-    pooled = isinstance(head, nn.ClassificationHead) and getattr(model, "pooler", None) is not None
-    if pooled or getattr(model, "project_out", None) is not None:
-        return {"head.**": None}
-    if getattr(head, "dense", None) is not None:
-        return {"head.dense.*": _READS, "head.classifier.*": None}
-    rules: dict[str, Rule] = {"head.norm.*": HIDDEN}
-    for path, module in nnx.iter_modules(head):
-        if hasattr(module, "kernel"):
-            name, d_in = ".".join(map(str, path)), module.kernel.get_value().shape[-2]
-            if d_in % width == 0:  # DINOv2 reads the class token and the patches' mean side by side
-                rules[f"head.{name}.*"] = _Map(Axis("hidden", copies=d_in // width), None)
-    return rules

@@ -1,4 +1,4 @@
-"""Checkpoints of many families with inputs for them, and masks that touch everything."""
+"""Checkpoints of families that differ in what gates and cuts meet, inputs for them, and masks of everything."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,7 @@ import jaxformers as jf
 from jaxformers import gates
 
 FAMILIES = (
-    "bert/mlm", "bert/seqcls", "roberta/seqcls", "xlm-roberta-mlm", "distilbert-seqcls", "mpnet", "electra",
-    "electra-generator", "gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "llama", "mistral", "qwen2", "glm", "esm/base",
-    "t5-v1_0", "t5-v1_1", "vit", "deit", "dinov2", "audio-spectrogram-transformer",
+    "bert/seqcls", "electra-generator", "mpnet", "gpt2", "gpt_neox", "llama", "t5-v1_0", "dinov2", "beit/tiny_cls",
 )  # fmt: skip
 
 
@@ -18,8 +16,7 @@ def load(oracles, name):
     """``(model, batch)`` of a family, in float32."""
     folder = oracles / "backbones" / name
     folder = folder if (folder / "config.json").is_file() else next(iter(sorted(folder.glob("*/config.json")))).parent
-    # the contact head of ESM reads the maps of heads that are going to be removed
-    model = jf.load(folder, dtype="float32", **({"contact_head": False} if name.startswith("esm") else {}))
+    model = jf.load(folder, dtype="float32")
     return model, inputs(model)
 
 
