@@ -21,17 +21,22 @@ A mask may hold any numbers: it is a factor, and norms count what is not 0.
 """
 
 import dataclasses
+import io
+import zipfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxformers import sites
+from jaxformers.atomic import write_bytes_atomic
 from jaxformers.units import KINDS, at, axes, bridge, last_path, norms, units
 
-__all__ = ["KINDS", "Place", "check", "gated", "kept", "multiply", "ones", "places", "units"]
+__all__ = ["KINDS", "Place", "check", "gated", "kept", "multiply", "ones", "places", "read", "units", "write"]
 
 Masks = Mapping[str, Any]  # {kind: {module path: array}} for heads, ffn and sublayers, {kind: array} for the others
 
@@ -150,6 +155,35 @@ def gated(
         return edited(params, batch, rngs=rngs)
 
     return run
+
+
+def write(masks: Masks, path: str | Path) -> None:
+    """Keep ``masks`` in a file of NumPy's .npz format, for :func:`read`; the file is written beside and renamed."""
+    flat: dict[str, Any] = {}
+    for kind, mine in masks.items():
+        flat |= {f"{kind}/{name}": m for name, m in mine.items()} if isinstance(mine, Mapping) else {kind: mine}
+    with io.BytesIO() as file:
+        np.savez(file, **{name: np.asarray(mask) for name, mask in flat.items()})
+        write_bytes_atomic(path, file.getvalue())
+
+
+def read(path: str | Path, model: nnx.Module) -> dict[str, Any]:
+    """The masks of a file that :func:`write` made. Raises ValueError where they do not fit ``model``, or for a file
+    that holds something else."""
+    masks: dict[str, Any] = {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for name in arrays.files:
+                kind, _, of = name.partition("/")
+                into, key = (masks.setdefault(kind, {}), of) if of else (masks, kind)
+                into[key] = jnp.asarray(arrays[name])
+    except (ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path}: expected masks as gates.write keeps them ({error})") from error
+    unknown = set(masks) - set(KINDS)
+    if unknown:
+        raise ValueError(f"{path}: {sorted(unknown)} are no kinds of gates; expected masks as gates.write keeps them")
+    check(units(model, tuple(masks)), masks)
+    return masks
 
 
 def _mask(masks: Masks, place: Place) -> Any:

@@ -211,3 +211,20 @@ def test_masks_that_do_not_fit_are_named(masks, message):
     apply, params = jf.functional(model)
     with pytest.raises(ValueError, match=message):
         gates.gated(apply, model)(params, tiny.batch(), masks)
+
+
+def test_masks_are_kept_in_a_file(tmp_path):
+    model = tiny.model("bert")
+    masks = jax.tree.map(lambda m: m.at[..., :1].set(0) if m.ndim else m * 0, gates.ones(model))
+    gates.write(masks, tmp_path / "masks.npz")
+    again = gates.read(tmp_path / "masks.npz", model)
+    assert jax.tree.structure(again) == jax.tree.structure(masks)
+    assert tiny.largest_difference(again, masks) == 0
+    with pytest.raises(ValueError, match=r"masks\['heads'\]\['layers.0.attention'\]: expected shape"):
+        gates.read(tmp_path / "masks.npz", tiny.model("bert", num_attention_heads=4))
+    np.savez(tmp_path / "other.npz", weights=np.ones(3))
+    with pytest.raises(ValueError, match="are no kinds of gates"):
+        gates.read(tmp_path / "other.npz", model)
+    (tmp_path / "text").write_text("no masks")
+    with pytest.raises(ValueError, match="expected masks as gates.write keeps them"):
+        gates.read(tmp_path / "text", model)

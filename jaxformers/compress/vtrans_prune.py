@@ -170,6 +170,10 @@ def vib_prune(
         "mode": mode, "steps": steps, "target_sparsity": 1 - keep, "expected_sparsity": expected,
         "prune_seconds": pruned_at - began, "seconds": time.perf_counter() - began,
         "lambda": [float(x) for x in chosen["lambda"].values()],
+        "expected_kept": {
+            kind: float(sum(jnp.sum(p) for p in jax.tree.leaves(mine)))
+            for kind, mine in _probabilities(chosen["gates"], config.steepness).items()
+        },
     }  # fmt: skip
     numbers |= report(model, small, masks, counted, data if val_data is None else val_data)
     if val_data is not None:
