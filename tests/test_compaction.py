@@ -11,7 +11,7 @@ import tiny
 import tiny_gates
 
 import jaxformers as jf
-from jaxformers import compaction, gates, nn, paths
+from jaxformers import compaction, compaction_config, gates, nn, paths
 from jaxformers.models import gpt_neo, mistral
 
 
@@ -56,7 +56,7 @@ def test_equals_the_masked_model_and_survives_a_round_trip(name, oracles, tmp_pa
     assert count(small) < 0.8 * count(model)
     jf.save(small, tmp_path / "small")
     again = jf.load(tmp_path / "small")
-    assert compaction.settings(again) == compaction.settings(small)
+    assert compaction_config.settings(again) == compaction_config.settings(small)
     a, b = (paths.flatten(jf.functional(m)[1]) for m in (small, again))
     assert a.keys() == b.keys() and all(np.array_equal(a[path], b[path]) for path in a)
 
