@@ -80,17 +80,10 @@ def abstract_compact(
     """Rebuild the structure that :func:`compact` made; the checkpoint fills the values. Raises ValueError where the
     record asks for units that the model does not have."""
     cut = Cut(heads, ffn, hidden, embeddings, removed, blocks)
+    _check_record(model, cut)  # before arrays of the sizes that a file asks for
     kept: Kept = {("heads", path): np.asarray(which, int) for path, which in heads.items()}
     kept |= {("ffn", path): np.arange(n) for path, n in ffn.items()}
     kept |= {(kind, ""): np.arange(n) for kind, n in (("hidden", hidden), ("embeddings", embeddings)) if n is not None}
-    sizes = units.units(model, tuple({kind for kind, _ in kept}))
-    for (kind, path), which in kept.items():
-        have = sizes[kind].get(path, 0) if path else sizes[kind]
-        if which.size and not 0 <= which.min() <= which.max() < have:
-            raise ValueError(f"config.json: surgery keeps number {which.max()} of {have} {kind} {path}".rstrip())
-    for path in (*removed, *blocks):
-        if units.at(model, path) is None:
-            raise ValueError(f"config.json: surgery removes {path}, which the model does not have")
     return _apply(surgery.copy(model), kept, cut)
 
 
@@ -109,6 +102,29 @@ class Cut:
     embeddings: int | None
     removed: dict[str, bool]
     blocks: dict[str, list[int]]
+
+
+def _check_record(model: nnx.Module, cut: Cut) -> None:
+    within = lambda n, low, have: type(n) is int and low <= n <= have
+    asked = {kind: getattr(cut, kind) for kind in ("heads", "ffn", "hidden", "embeddings")}
+    asked = {kind: mine for kind, mine in asked.items() if mine is not None and mine != {}}
+    sizes = units.units(model, tuple(asked))
+    for kind, mine in asked.items():
+        for path, n in mine.items() if isinstance(mine, dict) else (("", mine),):
+            have = sizes[kind].get(path, 0) if path else sizes[kind]
+            numbers, most = (n, have - 1) if isinstance(n, list) else ([n], have)
+            if not all(within(one, 0 if path else 1, most) for one in numbers):
+                what = f"{kind} {path}".rstrip()
+                raise ValueError(f"config.json: surgery keeps {what} {str(n)[:80]}, of {have}")
+    last, stacks = units.last_maps(model), _stacks(model)
+    for path in cut.removed:
+        if path not in last:
+            raise ValueError(f"config.json: surgery removes {str(path)[:80]}, which the model does not have")
+    for path, which in cut.blocks.items():
+        have = len(stacks.get(path, ()))
+        if not all(within(i, 0, have - 1) for i in which):
+            named = f"{str(which)[:80]} of {str(path)[:80]}"
+            raise ValueError(f"config.json: surgery keeps blocks {named}, which has {have}")
 
 
 # ---- which units stay ----------------------------------------------------------------------------------------------

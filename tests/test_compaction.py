@@ -175,10 +175,14 @@ def test_errors():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"heads": {"layers.0.attention": [5]}}, "surgery keeps number 5 of 2 heads"),
-        ({"ffn": {"layers.8.mlp": 3}}, "surgery keeps number 2 of 0 ffn"),
-        ({"hidden": 100}, "surgery keeps number 99 of 8 hidden"),
-        ({"removed": {"layers.0.nothing": False}}, "surgery removes layers.0.nothing"),
+        ({"heads": {"layers.0.attention": [5]}}, r"surgery keeps heads layers.0.attention \[5\], of 2"),
+        ({"ffn": {"layers.8.mlp": 3}}, "surgery keeps ffn layers.8.mlp 3, of 0"),
+        ({"ffn": {"layers.0.mlp": 10**15}}, "surgery keeps ffn layers.0.mlp 1000000000000000, of 12"),
+        ({"hidden": 100}, "surgery keeps hidden 100, of 8"),
+        ({"hidden": "8"}, "surgery keeps hidden 8, of 8"),
+        ({"removed": {"layers.0": False}}, "surgery removes layers.0, which the model does not have"),
+        ({"blocks": {"layers": [0, 7]}}, r"surgery keeps blocks \[0, 7\] of layers, which has 3"),
+        ({"blocks": {"pooler": [0]}}, r"surgery keeps blocks \[0\] of pooler, which has 0"),
     ],
 )
 def test_a_record_that_asks_for_what_is_not_there(change, message):

@@ -100,7 +100,8 @@ def vib_prune(
     if mode == "fast":
         rows, steps = _share(rows, config, rows_key)
     objective, params = make_objective(model, teacher, task, kinds, counted, keep, config, steps, gate_key)
-    window = (1 - keep - config.tolerance[0], 1 - keep + (config.tolerance[1] if keep >= 0.3 else 0.006))
+    above = config.tolerance[1] if keep >= 0.3 else max(config.tolerance[1], 0.006)  # as published, of high sparsities
+    window = (1 - keep - config.tolerance[0], 1 - keep + above)
     best = Best(counted, config, window, objective, val_data)
     frozen = (*(("teacher.**",) if teacher is not None else ()), *(("model.**",) if mode == "faster" else ()))
     train = TrainConfig(
