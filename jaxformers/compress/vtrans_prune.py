@@ -133,7 +133,7 @@ def vib_prune(
             for kind, mine in probabilities(chosen["gates"], config.steepness).items()
         },
     }  # fmt: skip
-    numbers |= report(model, small, masks, counted, data if val_data is None else val_data)
+    numbers |= report(model, small, masks, counted, data if val_data is None else val_data, config.timed)
     if val_data is not None:
         numbers["val_loss"] = mean(jax.jit(_loss_of(small, task)), functional(small)[1], val_data, config.batch)
     return Pruned(small, masks, chosen["gates"], trained, numbers, done.history)

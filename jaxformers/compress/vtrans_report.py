@@ -15,14 +15,15 @@ ROWS = 8  # of a timed call
 
 
 def report(
-    model: nnx.Module, small: nnx.Module, masks: Mapping[str, Any], counted: Costs, rows: Mapping[str, Any]
+    model: nnx.Module, small: nnx.Module, masks: Mapping[str, Any], counted: Costs, rows: Mapping[str, Any], timed: bool
 ) -> dict[str, Any]:
     """``actual_sparsity`` by ``counted``; ``kept``: units of each kind, before and after; ``parameters`` (all of
-    them), ``flops`` and ``latency_seconds`` (median) of a call with up to 8 of ``rows``, before and after."""
+    them), ``flops`` and, where ``timed``, ``latency_seconds`` (median) of a call with up to 8 of ``rows``, before and
+    after."""
     batch = {name: x[:ROWS] for name, x in rows.items() if name != "labels"}
     called = {"before": (*functional(model), batch), "after": (*functional(small), batch)}
     costs = [cost(*call) for call in called.values()]
-    timed = latencies(called, batch=len(batch["input_ids"]))
+    seconds = latencies(called, batch=len(batch["input_ids"])) if timed else {}
     hard = jax.tree.map(lambda mask: (np.asarray(mask) != 0).astype(np.float32), masks)
     count = lambda mine, get: int(sum(get(mask) for mask in jax.tree.leaves(mine)))
     return {
@@ -33,7 +34,7 @@ def report(
         },
         "parameters": [c.parameters for c in costs],
         "flops": [c.flops for c in costs],
-        "latency_seconds": [timed[name].seconds for name in called],
+        "latency_seconds": [taken.seconds for taken in seconds.values()] or None,
     }
 
 

@@ -29,8 +29,10 @@ class VTransConfig:
     the gates' rate falls linearly to 0. ``head_kl``, ``ffn_kl``, ``layer_kl`` multiply the KL of these gates;
     the hidden gate's counts once for each place it acts at, and ``hidden_kl`` times more. ``tolerance``: how far below
     and above the target sparsity the expected one may be for a checkpoint to be taken (those last in training, the one
-    of least validation loss); ``miss``: how far it may be in the end before it is an error. ``multiple``: widths are
-    rounded to it. ``fast_share``, ``fast_steps``: rows that "fast" takes, and the steps it takes at least.
+    of least validation loss); ``miss``: how far it may be in the end before it is an error. ``slack``: how far what is
+    cut may be from the budget before the threshold moves. ``multiple``: widths are rounded to it. ``timed``: whether
+    the report has the latency of both models. ``fast_share``, ``fast_steps``: rows that "fast" takes, and the steps it
+    takes at least. ``check_every``: steps between looks at the expected sparsity.
     """
 
     steps: int = 1000
@@ -52,6 +54,7 @@ class VTransConfig:
     miss: float = 0.1
     slack: float = 0.005
     multiple: int | None = None
+    timed: bool = True
     fast_share: float = 0.03
     fast_steps: int = 100
     check_every: int = 20

@@ -13,8 +13,9 @@ from jaxformers.compress import DistilConfig, VTransConfig, vib_prune
 from jaxformers.compress.vtrans_prune import BudgetMissed
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+ONE = {**SIZES, "num_hidden_layers": 1}
 QUICK = VTransConfig(steps=160, rate=1e-3, mask_rate=0.3, lambda_rate=0.3, kl_factor=1e-3, head_kl=4, hidden_kl=4,
-                     warmup=0.5, check_every=20, tolerance=(0.02, 0.02))  # fmt: skip
+                     warmup=0.5, check_every=40, tolerance=(0.02, 0.02), timed=False)  # fmt: skip
 
 
 def rows(n=128):
@@ -34,7 +35,7 @@ def classifier(**changes):
 @pytest.fixture(scope="module")
 def pruned():
     """A classifier at a fifth of its parameters, distilled from itself, with all its kinds of units to choose from."""
-    model, config = classifier(), dataclasses.replace(QUICK, finetune_steps=20)
+    model, config = classifier(), dataclasses.replace(QUICK, finetune_steps=10, timed=True)
     return model, vib_prune(model, rows(), {"params": 0.2}, teacher=model, config=config, key=jax.random.key(1),
                             val_data=rows(32))  # fmt: skip
 
@@ -58,7 +59,7 @@ def test_lambda_grows_while_sparsity_follows_the_target(pruned):
     _, done = pruned
     seen = [record for record in done.history if "lambda_2" in record and "target" in record]
     assert np.all(np.diff([record["lambda_2"] for record in seen]) >= 0) and seen[-1]["lambda_2"] > 0
-    assert abs(seen[-1]["sparsity"] - 0.8) < 0.1 and seen[0]["sparsity"] < 0.1
+    assert abs(seen[-1]["sparsity"] - 0.8) < 0.1 and seen[0]["sparsity"] < seen[-1]["sparsity"] - 0.2
 
 
 def test_cut_and_masked_are_one_before_fine_tuning_and_it_saves(pruned, tmp_path):
@@ -76,19 +77,19 @@ def test_cut_and_masked_are_one_before_fine_tuning_and_it_saves(pruned, tmp_path
 
 
 def test_faster_leaves_the_weights_of_a_llama_and_counts_its_key_heads():
-    model = tiny.model("llama", num_key_value_heads=2, intermediate_size=64, initializer_range=0.1, **SIZES)
+    model = tiny.model("llama", num_key_value_heads=2, intermediate_size=64, initializer_range=0.1, **ONE)
     ids = {"input_ids": rows()["input_ids"]}
     config = dataclasses.replace(QUICK, steps=100)
     done = vib_prune(model, ids, {"flops": 0.6}, mode="faster", units=("heads", "ffn"), config=config,
                      key=jax.random.key(0))  # fmt: skip
     assert tiny.largest_difference(jf.functional(done.trained)[1], jf.functional(model)[1]) == 0
-    assert {kind: before for kind, (before, _) in done.report["kept"].items()} == {"heads": 4, "ffn": 128}
+    assert {kind: before for kind, (before, _) in done.report["kept"].items()} == {"heads": 2, "ffn": 64}
     assert abs(done.report["actual_sparsity"] - 0.4) < 0.01 and "hidden" not in done.masks
     assert jf.generate(done.model, ids["input_ids"][:1, :3], max_new_tokens=2)[0] is not None
 
 
 def test_fast_takes_some_rows_and_rounds_widths_of_a_gpt2():
-    model = tiny.model("gpt2", initializer_range=0.1, **SIZES)
+    model = tiny.model("gpt2", initializer_range=0.1, **ONE)
     config = dataclasses.replace(QUICK, steps=300, fast_steps=100, fast_share=0.25, multiple=8, miss=0.2)
     done = vib_prune(model, {"input_ids": rows()["input_ids"]}, {"params": 0.5}, mode="fast", config=config,
                      key=jax.random.key(0))  # fmt: skip
