@@ -309,6 +309,15 @@ def test_zero_tprune_after(first):
         np.testing.assert_allclose(ours, theirs, atol=0.05 * np.abs(theirs).max())
 
 
+def test_image_models_go_back_to_plain_weights():
+    """Where a convolution embeds the patches, merging and unpacking leave it alone."""
+    adapted, packed = lora(vit()), gptq(vit())
+    merged, unpacked = weights.merge_lora(adapted), jf.compress.dequantize(packed)
+    for plain, typed in ((merged, adapted), (unpacked, packed)):
+        assert not any(weights.is_typed(kernel) for kernel in kernels(plain))
+        np.testing.assert_allclose(logits(plain), logits(typed), atol=1e-4)
+
+
 def test_what_zero_tprune_and_fusegpt_refuse_of_each_other():
     with pytest.raises(ValueError, match="DeiT is no decoder of texts"):
         fusegpt(vit())
