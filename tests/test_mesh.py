@@ -11,7 +11,7 @@ import jaxformers as jf
 from jaxformers import weights
 from jaxformers.hlo import collectives
 from jaxformers.mesh import RULES, batch_sharding, cache_shardings, constrained, sharding, shardings, spec
-from jaxformers.models import vit
+from jaxformers.models import t5, vit
 
 eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")
 P = PartitionSpec
@@ -143,6 +143,16 @@ def family(name):
         )  # fmt: skip
         model = jf.init(config, head="image_classification", key=jax.random.key(0))
         return model, {"pixel_values": np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float32)}
+    if name == "t5":
+        config = t5.Config(
+            vocab_size=24, hidden_size=16, head_dim=8, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            relative_attention_num_buckets=8, relative_attention_max_distance=16, feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False, scale_decoder_outputs=False, initializer_factor=0.5,
+        )  # fmt: skip
+        batch = ids()
+        return jf.init(config, head="seq2seq_lm", key=jax.random.key(0)), {
+            **batch, "decoder_input_ids": batch["input_ids"][:, ::-1].copy()
+        }  # fmt: skip
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 24, "initializer_range": 0.4}
     if name == "gqa":
         return tiny.model("llama", num_attention_heads=4, num_key_value_heads=2, intermediate_size=32, **sizes), ids()
@@ -160,7 +170,10 @@ PRODUCTS = ("data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2,sequence=2")
 @eight
 @pytest.mark.parametrize(
     ("name", "meshes"),
-    [("bert", PRODUCTS), ("gpt2", PRODUCTS[1:]), ("gqa", ALONE + PRODUCTS), ("vit", PRODUCTS[:1])],
+    [
+        ("bert", PRODUCTS), ("gpt2", PRODUCTS[1:]), ("gqa", ALONE + PRODUCTS), ("vit", PRODUCTS[:1]),
+        ("t5", ("data=2,fsdp=2,tensor=2", "sequence=4")),
+    ],  # fmt: skip
 )
 def test_every_rule_set_gives_the_numbers_of_one_device(name, meshes):
     """Forward and gradient of each family, sharded by each rule set, against one device."""
@@ -206,6 +219,32 @@ def test_counted_collectives(name):
     assert of("data=2,fsdp=2").keys() == {"all-gather"}
     sequence = of("sequence=2", scan_layers=True)  # keys and values of each layer
     assert set(sequence) == {"all-gather"} and sequence["all-gather"] <= 2 * layers + 1
+
+
+@eight
+def test_counted_collectives_of_an_encoder_and_a_decoder():
+    """An encoder's layer sums twice under tensor parallelism, a decoder's once more for cross-attention; the table of
+    tokens is read by both. Going back, as many sums again, and one for each norm's and bias' gradient of a batch."""
+    model, batch = family("t5")
+    layers = model.config.num_hidden_layers
+
+    def of(shape, backward=False):
+        mesh = jf.mesh(shape)
+        apply, params = jf.functional(model, scan_layers=True)
+        apply = constrained(apply, mesh)
+        places = shardings(mesh, params)
+        args = jax.device_put(params, places), jax.device_put(batch, batch_sharding(mesh))
+        if backward:
+            loss = lambda params, batch: next_tokens(apply, batch)(params)
+            return counted(jax.grad(loss), *args, out_shardings=places)
+        return counted(lambda params, batch: apply(params, batch).last_hidden_state, *args)
+
+    assert of("data=8") == {}
+    assert set(of("data=8", backward=True)) == {"all-reduce"}
+    sums = 2 * layers + 3 * layers
+    tensor = of("tensor=2")
+    assert set(tensor) == {"all-reduce"} and sums <= tensor["all-reduce"] <= sums + 2
+    assert set(of("fsdp=2")) == {"all-gather"}
 
 
 @eight
