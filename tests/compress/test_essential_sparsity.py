@@ -1,5 +1,6 @@
 """One-shot pruning: the official masks, exact counts, patterns, calibration on real text, composition, errors."""
 
+import dataclasses
 import json
 
 import jax
@@ -168,7 +169,7 @@ def test_a_trained_model_on_real_text(shared):
 
 
 @given(s=st.sampled_from([0.0, 0.333, 0.5, 0.9]) | st.floats(0, 0.999), method=st.sampled_from(["magnitude", "random"]))
-@settings(max_examples=12)
+@settings(max_examples=6)
 def test_exact_counts(s, method):
     model = tiny.model("bert", num_hidden_layers=1, intermediate_size=13)
     options = {"key": jax.random.key(1)} if method == "random" else {}
@@ -180,8 +181,7 @@ def test_exact_counts(s, method):
         assert int((~np.asarray(mask)).sum()) == round(s * mask.size), path
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize(("name", "method"), [("bert", "magnitude"), ("llama", "wanda"), ("gpt2", "sparsegpt")])
 def test_every_group_of_inputs_keeps_its_number(name, method):
     """Along the inputs whatever the architecture, transposed kernels of the file (GPT-2's) included."""
     model = tiny.model(name, intermediate_size=16) if name != "gpt2" else tiny.model(name)
@@ -192,13 +192,13 @@ def test_every_group_of_inputs_keeps_its_number(name, method):
 
 
 def test_only_the_blocks_matrices_are_touched():
-    model = tiny.model("bert")
+    model = tiny.model("bert", num_hidden_layers=2)
     pruned = prune(model, sparsity=0.5, exclude="layers.0.attention.*")
     _, before = jf.functional(model)
     _, after = jf.functional(pruned.model)
     before, after = jf.paths.flatten(before), jf.paths.flatten(after)
     changed = {path.removesuffix(".kernel") for path in before if np.any(before[path] != after[path])}
-    assert changed == set(pruned.masks) and len(changed) == 3 * 6 - 4
+    assert changed == set(pruned.masks) and len(changed) == 2 * 6 - 4
     assert not any(path.startswith(("embeddings", "head", "layers.0.attention")) for path in changed)
     kept = [np.asarray(after[f"{p}.kernel"])[np.asarray(m)] for p, m in pruned.masks.items()]
     gone = [np.asarray(before[f"{p}.kernel"])[~np.asarray(m)] for p, m in pruned.masks.items()]
@@ -219,7 +219,7 @@ def test_pruning_again_only_removes_more_and_masks_are_obeyed():
     first = prune(model, sparsity=0.4)
     drifted = add_masks(model, first.masks)  # the base under the masks is dense
     data = {"calibration": IDS}
-    for method, options in (("magnitude", {}), ("wanda", data), ("sparsegpt", data)):
+    for method, options in (("magnitude", {}), ("sparsegpt", data)):
         again = prune(drifted, method, sparsity=0.6, **options)
         for path, mask in again.masks.items():
             own = np.asarray(first.masks[path])
@@ -231,13 +231,12 @@ def test_pruning_again_only_removes_more_and_masks_are_obeyed():
 
 
 def test_sparsegpt_beats_magnitude():
-    model = tiny.model("llama", num_hidden_layers=2)
+    model = tiny.model("llama", num_hidden_layers=1)
     apply, params = jf.functional(model)
-    dense = apply(params, {"input_ids": IDS}).logits
+    logits = jax.jit(lambda params: apply(params, {"input_ids": IDS}).logits)
 
     def error(pruned):
-        apply, params = jf.functional(pruned.model)
-        return float(jnp.mean((apply(params, {"input_ids": IDS}).logits - dense) ** 2))
+        return float(jnp.mean((logits(jf.functional(pruned.model)[1]) - logits(params)) ** 2))
 
     many = np.random.default_rng(1).integers(1, 20, (64, 12))
     solved = prune(model, "sparsegpt", sparsity=0.5, calibration=many)
@@ -247,7 +246,8 @@ def test_sparsegpt_beats_magnitude():
 
 
 def test_bfloat16_has_ties_and_exact_counts():
-    model = jf.init(tiny.LLAMA, head="causal_lm", key=jax.random.key(0), dtype="bfloat16")
+    config = dataclasses.replace(tiny.LLAMA, num_hidden_layers=1)
+    model = jf.init(config, head="causal_lm", key=jax.random.key(0), dtype="bfloat16")
     total = sum(k.size for k in kernels(model).values())
     found = prune(model, sparsity=0.37)
     assert zeros(found.model) == round(0.37 * total)
