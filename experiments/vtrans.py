@@ -39,7 +39,8 @@ from jaxformers.train import OptimConfig, TrainConfig, fit
 @dataclasses.dataclass(frozen=True)
 class Config:
     """`checkpoint`: a fine-tuned classifier; None trains one of the sizes below. `keep`: shares of the parameters that
-    stay; `steps` train gates, `finetune` follow, and the baselines get both. `rows`: of each split at most."""
+    stay; `steps` train gates, `finetune` follow, and the baselines get both. `rows`: of each split at most. `methods`:
+    of full, faster (at the smallest share only), random, magnitude."""
 
     checkpoint: str | None = None
     data: Path | None = None
@@ -64,6 +65,7 @@ class Config:
     hidden_kl: float = 4.0
     warmup: float = 0.5
     distil: bool = True
+    methods: tuple[str, ...] = ("full", "faster", "random", "magnitude")
     seeds: int = 3
 
 
@@ -71,6 +73,7 @@ PRESETS = {
     "smoke": Config(
         rows=64, vocab=200, width=16, layers=2, heads=2, inner=32, length=12, dense_steps=10, keep=(0.5,), steps=120,
         finetune=2, batch=16, mask_rate=0.4, lambda_rate=0.4, kl_factor=1e-2, seeds=1,
+        distil=False, methods=("full", "magnitude"),
     ),
     "small": Config(),
     "paper": Config(
@@ -93,7 +96,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     found = [{"method": "dense", "keep": 1.0, "seed": 0, "test": accuracy(dense, rows["test"])}]
     for seed in range(config.seeds):
         for keep in config.keep:
-            for method in ("full", "faster", "random", "magnitude"):
+            for method in config.methods:
                 if method == "faster" and keep != min(config.keep):
                     continue
                 record = {"method": method, "keep": keep, "seed": seed, **one(config, dense, rows, method, keep, seed)}

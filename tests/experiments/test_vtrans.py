@@ -11,10 +11,10 @@ from jaxformers.compress import vtrans as gates
 def test_smoke(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "shared_data", lambda name, given=None: given)
     result = vtrans.run(vtrans.PRESETS["smoke"], tmp_path)
-    assert [row["method"] for row in result["rows"]] == ["dense", "full", "faster", "random", "magnitude"]
+    assert [row["method"] for row in result["rows"]] == ["dense", "full", "magnitude"]
     for row in result["rows"][1:]:
         assert 0 <= row["test"] <= 1 and abs(row["actual_sparsity"] - 0.5) < 0.02
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_presets_are_chosen_by_name():
