@@ -173,25 +173,16 @@ def init(config: Any, *, head: str | None = None, key: jax.Array, dtype: Any = N
     check_head(head, arch)
     _check_head_of(config, head, arch)
 
-    @jax.jit
-    def build(key: jax.Array) -> Any:
-        model = arch.Model(config, head=None if head == "sentence" else head, rngs=Keys(key))
-        if head == "sentence":
-            nn.new_sentence_head(model, pooling="mean", rngs=Keys(0))
+    # Not jitted: one program for all draws compiles anew for every configuration, those of single shapes are shared.
+    model = arch.Model(config, head=None if head == "sentence" else head, rngs=Keys(key))
+    if head == "sentence":
+        nn.new_sentence_head(model, pooling="mean", rngs=Keys(0))
+    if dtype is not None:
         state = nnx.state(model)
-        if dtype is None:
-            return state
         flat = paths.flatten(nnx.to_pure_dict(state))
         flat = {path: leaf.astype(dtype_of(arch, path, dtype)) for path, leaf in flat.items()}
         nnx.replace_by_pure_dict(state, paths.unflatten(flat))
-        return state
-
-    def skeleton() -> nnx.Module:
-        model = arch.Model(config, head=None if head == "sentence" else head, rngs=Keys(0))
-        return nn.new_sentence_head(model, pooling="mean", rngs=Keys(0)) if head == "sentence" else model
-
-    model = nnx.eval_shape(skeleton)
-    nnx.update(model, build(key))
+        nnx.update(model, state)
     return surgery.named(model)
 
 
