@@ -50,8 +50,8 @@ class Config:
     """`backbone`: a checkpoint, whose lowest `layers` are used; None makes a BERT of the sizes below, from scratch;
     "auto" is all-MiniLM-L6-v2 where an installed package carries it, else None.
 
-    `tuned` n > 0: of a checkpoint only the last n of them and the pooling are trained. Texts are cut to `length` tokens,
-    in training to `train_length` (None: the same), which halves the time of a step. `draws` of k support texts each.
+    `tuned` n > 0: of a checkpoint only the last n of them and the pooling are trained. Texts are cut to `length`
+    tokens, in training to `train_length` (None: the same): that halves a step's time. `draws` of k support texts each.
     """
 
     data: Path | None = None
