@@ -191,12 +191,20 @@ def pack_ternary(model: nnx.Module) -> nnx.Module:
         if value.weight.granularity not in ("tensor", "row"):
             raise ValueError(f"model: {path} has a ternary scale per {value.weight.granularity}; packed are those per "
                              "tensor or row")  # fmt: skip
-        codes = TernaryCodes.from_dense(value.dense(), table=value.table, shared=value.weight.granularity == "tensor")
+        shared = value.weight.granularity == "tensor"
+        codes = TernaryCodes.from_dense(_as_compiled(value), table=value.table, shared=shared)
         getattr(module, name).set_value(FakeQuant(codes, None, None, value.inputs, value.table))
         found += 1
     if not found:
         raise ValueError("model: none of its weights is rounded to ternary values; see fake_quantise")
     return surgery.record(model, _PACKED)
+
+
+@jax.jit
+def _as_compiled(w: FakeQuant) -> jax.Array:
+    """What the weight is inside a compiled model: op by op XLA adds up in another order, and a scale that differs in
+    its last bits takes some 8-bit input to the level beside."""
+    return w.dense()
 
 
 def _abstract_packed(model: nnx.Module) -> nnx.Module:
