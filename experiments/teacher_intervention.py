@@ -64,8 +64,8 @@ class Config:
 
 PRESETS = {
     "smoke": Config(
-        rows=400, vocab=300, layers=2, width=32, teacher_steps=4, length=16, batch=16, steps=5, step1=3, eval_every=5,
-        interventions=("none", "map"), seeds=1,
+        rows=64, vocab=200, layers=1, width=16, teacher_steps=4, length=8, batch=32, steps=5, step1=3, eval_every=5,
+        interventions=("map",), seeds=1, dropout=0.0,
     ),
     "small": Config(),
     "paper": Config(

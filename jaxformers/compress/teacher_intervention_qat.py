@@ -9,6 +9,7 @@ scripts may put before it, is not here: it only makes `data` longer.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,9 @@ def qat(
     first, second, draw = jax.random.split(key, 3)
     modes = mode_schedule(config.intervention, config.step1, draw)
     stages = {"step1": (modes, first), "step2": (("none",) * (train.steps - len(modes)), second)}
+    measures = None
+    if heldout is not None:
+        measures = _evaluation(forward_pass(teacher, model, config, options), heldout, batch_size, metric)
     history: dict[str, list[dict[str, Any]]] = {}
     for i, (name, (marks, own)) in enumerate(stages.items()):
         history[name] = []
@@ -107,9 +111,7 @@ def qat(
             train, steps=len(marks), freeze=(*train.freeze, *freeze), checkpoint_every=saves
         )  # fmt: skip
         batches = array_batches(data, batch_size, seed=i) if isinstance(data, Mapping) else data
-        measure = None
-        if heldout is not None:
-            measure = _evaluation(forward_pass(teacher, model, config, options), heldout, batch_size, metric, marks)
+        measure = measures and functools.partial(measures, marks)
         place = None if directory is None else Path(directory) / name
         result = fit(
             objective, params, _Marked(batches, marks), run, key=own, evaluate=measure, directory=place, mesh=mesh
@@ -149,10 +151,8 @@ class _Marked:
         self.stream.restore(state["stream"])
 
 
-def _evaluation(
-    forward: Callable, rows: Mapping[str, Any], size: int, metric: Callable | None, marks: tuple[str, ...]
-) -> Callable:
-    """What `fit` calls to measure the student without intervention, and with that of the present step."""
+def _evaluation(forward: Callable, rows: Mapping[str, Any], size: int, metric: Callable | None) -> Callable:
+    """What `fit` calls, given each step's mode: the student without intervention, and with that of the present step."""
     run, zeros = jax.jit(lambda params, batch: forward(params, batch, None)), jax.jit(weights.zero_fraction)
     n = len(next(iter(rows.values())))
     if "labels" not in rows or n == 0:
@@ -170,7 +170,7 @@ def _evaluation(
         found = (metric or _quality)(np.concatenate(logits), np.asarray(rows["labels"]))
         return {f"eval_{k}{suffix}": v for k, v in {"loss": sum(losses) / n, **found}.items()}
 
-    def evaluate(params: Any, step: int) -> dict[str, float]:
+    def evaluate(marks: tuple[str, ...], params: Any, step: int) -> dict[str, float]:
         mode = marks[step - 1]
         with_it = {} if mode == "none" else measured(params, mode, "_with")
         return {**measured(params, "none", ""), **with_it, "eval_zeros": float(zeros(params["student"]))}
