@@ -46,18 +46,18 @@ class Config:
     data: Path | None = None
     interventions: tuple[str, ...] = ("none", "gradual")
     rows: int = 12_000
-    vocab: int = 3000
-    layers: int = 3
+    vocab: int = 2000
+    layers: int = 2
     width: int = 64
     heads: int = 4
     teacher_steps: int = 900
     teacher_rate: float = 1e-3
     dropout: float = 0.1
-    length: int = 32
+    length: int = 24
     batch: int = 32
     steps: int = 240
     step1: int = 60
-    rate: float = 5e-4
+    rate: float = 1e-3
     eval_every: int = 30
     seeds: int = 3
 
