@@ -84,15 +84,12 @@ def test_a_distilled_student_is_quantised_to_4_bits(tmp_path):
     served = jf.load(tmp_path / "packed")
     kernels = [w for w in paths.flatten(jf.functional(served)[1]).values() if isinstance(w, PackedWeight)]
     assert len(kernels) == 6 and {w.bits for w in kernels} == {4}
-    held = words(texts[64:96], max_length=24, buckets=(24,))
-    vectors = [jf.embed(m, texts[64:96], tokenizer=words) for m in (made.student, served)]
-    cosine = np.sum(vectors[0] * vectors[1], 1) / np.prod([np.linalg.norm(v, axis=1) for v in vectors], axis=0)
+    models = made.student, served, dequantize(served)
+    before, after, unpacked = (jf.embed(m, texts[64:96], tokenizer=words) for m in models)
+    cosine = np.sum(before * after, 1) / (np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1))
     assert cosine.mean() > 0.99, "what was distilled is still there in 4 bits"
-    apply, params = jf.functional(served)
-    hidden = [np.asarray(jax.jit(f)(p, held).last_hidden_state) for f, p in
-              ((apply, params), jf.functional(dequantize(served)), jf.functional(student))]  # fmt: skip
-    np.testing.assert_allclose(hidden[0], hidden[1], atol=1e-4)
-    assert np.abs(hidden[0] - hidden[2]).max() > 1e-3, "rounding shows"
+    np.testing.assert_allclose(after, unpacked, atol=1e-5)
+    assert np.abs(before - after).max() > 1e-3, "rounding shows"
 
 
 def test_gptq_refuses_weights_that_are_rounded_as_they_are_used():

@@ -129,8 +129,9 @@ def test_files(model, tmp_path):
     served = jf.load(tmp_path / "packed")
     kernel = served.layers[0].mlp.up.kernel.get_value()
     assert isinstance(kernel.base, TernaryCodes) and kernel.inputs == EIGHT_BITS and kernel.weight is None
-    np.testing.assert_allclose(logits(served), logits(model), atol=1e-5)
-    np.testing.assert_allclose(logits(served, scan_layers=True), logits(model), atol=1e-5)
+    expected = logits(model)
+    np.testing.assert_allclose(logits(served), expected, atol=1e-5)
+    np.testing.assert_allclose(logits(served, scan_layers=True), expected, atol=1e-5)
     with pytest.raises(ValueError, match="is packed; its full-precision weights are gone"):
         weights.full_precision(served)
     share = weights.zero_fraction(model)
