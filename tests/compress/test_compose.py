@@ -291,11 +291,11 @@ def test_zero_tprune_after(first):
     dense = vit()
     model = OPERATIONS[first].apply(dense)
     schedule = (Stage(1, 4, 0.9, 8), Stage(2, 3, 0.6, 2))
-    found = zero_tprune.prune(model, IMAGES, schedule)
+    found = zero_tprune.prune_tokens(model, IMAGES, schedule)
     assert OPERATIONS[first].done(model) and found.tokens.shape[1] < 37
     assert np.all(np.isfinite(found.output.logits))
     if first == "GPTQ":
-        before = zero_tprune.prune(dense, IMAGES, schedule)
+        before = zero_tprune.prune_tokens(dense, IMAGES, schedule)
         kept = [
             (set(ours), set(theirs))
             for ours, theirs in zip(
@@ -322,7 +322,7 @@ def test_what_zero_tprune_and_fusegpt_refuse_of_each_other():
     with pytest.raises(ValueError, match="DeiT is no decoder of texts"):
         fusegpt(vit())
     with pytest.raises(ValueError, match="Llama is no ViT"):
-        zero_tprune.prune(decoder(), IMAGES)
+        zero_tprune.prune_tokens(decoder(), IMAGES)
 
 
 @pytest.mark.parametrize("first", ["GPTQ", "FuseGPT", "compact", "compact, uniform", "LoRA"])
