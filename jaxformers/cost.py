@@ -239,13 +239,21 @@ def _arguments(eqn: Any, body: Any, inputs: list[_Value]) -> list[_Value]:
     """What a body's arguments are: those of the equation, but for the carry of a loop, which it has made itself."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
-        first, carry = params["num_consts"], params["num_carry"]
+        first, carry = _constants_and_carry(params)
         return [*inputs[:first], *[_Value(made=True)] * carry, *inputs[first + carry :]]
     if name == "while":
         skipped, own = params["cond_nconsts"], params["body_nconsts"]
         constants = inputs[skipped : skipped + own] if body is params["body_jaxpr"].jaxpr else inputs[:skipped]
         return [*constants, *[_Value(made=True)] * (len(body.invars) - len(constants))]
     return inputs if len(inputs) == len(body.invars) else [_Value(made=True)] * len(body.invars)
+
+
+def _constants_and_carry(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many of a scan's arguments are constants of its body, and how many its carry."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carry, _ = params["ft_in"].unpack()  # since jax 0.12
+    return len(constants), len(carry)
 
 
 def _dearest(branches: Any, inputs: list[_Value], times: float, tally: Tally, read: set[int]) -> list[_Value]:
