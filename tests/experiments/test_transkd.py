@@ -1,4 +1,6 @@
-"""Scenes of digits; the paper's sizes without any weights; data that are there or not."""
+"""The smoke preset on scenes of digits; the paper's sizes and its step without any weights; data there or not."""
+
+import dataclasses
 
 import jax
 import numpy as np
@@ -6,11 +8,23 @@ import pytest
 from flax import nnx
 
 import jaxformers as jf
-from experiments import transkd
+from experiments import common, transkd
 from jaxformers.compress.transkd import new_distiller
+from jaxformers.cost import count_flops
 from jaxformers.models import segformer
 
 pytest.importorskip("sklearn")
+
+
+@pytest.mark.slow
+def test_smoke(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(common, "shared_data", lambda name, given=None: given)
+    result = transkd.run(transkd.PRESETS["smoke"], tmp_path)
+    assert [r["method"] for r in result["rows"]] == ["none", "ea"] and len(result["classes"]) == 11
+    assert all(0 <= r["mIoU"] <= 100 and len(r["IoU"]) == 11 for r in result["rows"])
+    assert (tmp_path / "figure.png").is_file()
+    assert jf.load(tmp_path / "student").head.classifier.kernel.get_value().shape == (1, 1, 8, 11)
 
 
 def test_scenes_do_not_share_digits():
@@ -36,6 +50,15 @@ def test_the_papers_sizes():
             lambda m=method: new_distiller(teacher, student, transkd.loss(config, m), key=jax.random.key(0))
         )
         assert count(student) + count(made) == pytest.approx(millions, abs=0.015)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")
+def test_the_paper_preset_has_a_step():
+    config = dataclasses.replace(transkd.PRESETS["paper"], size=(128, 256))
+    step = transkd.step(config, jf.mesh("data=8"))
+    traced = jax.jit(step.function, donate_argnums=step.donate, out_shardings=step.out_shardings).trace(*step.args)
+    assert step.parameters / 1e6 == pytest.approx(27.36 + 5.53, abs=0.03)
+    assert count_flops(traced.jaxpr) > 1e11
 
 
 def test_data_that_is_not_there(tmp_path):
