@@ -5,7 +5,6 @@ again between. Which layers share an input (query, key and value; gate and up) i
 """
 
 import dataclasses
-import functools
 import logging
 import time
 from typing import Any
@@ -90,12 +89,16 @@ class LayerReport:
 
 
 @jax.jit
-def _relative_error(kernel: jax.Array, values: jax.Array, H: jax.Array | None) -> jax.Array:
-    """‖X(Q - W)‖² / ‖X W‖² with XᵀX in proportion to H (the identity when None)."""
+def _relative_errors(
+    kernel: jax.Array, H: jax.Array | None, grid: Grid, solutions: tuple[columns.Solved, ...]
+) -> jax.Array:
+    """(n,): ‖X(Q - W)‖² / ‖X W‖² of each solution Q, with XᵀX in proportion to H (the identity when None)."""
     kernel = kernel.astype(jnp.float32)
-    dot = functools.partial(jnp.matmul, precision="highest")
-    size = lambda D: jnp.sum(D * (D if H is None else dot(H, D)))  # noqa: E731
-    return size(values - kernel) / jnp.maximum(size(kernel), jnp.finfo(jnp.float32).tiny)
+    # one product for all, as most of the time goes into it
+    D = jnp.concatenate([kernel, *(columns.dense(grid, s) - kernel for s in solutions)], axis=1)
+    squares = D * (D if H is None else jnp.matmul(H, D, precision="highest"))
+    sizes = squares.reshape(len(kernel), len(solutions) + 1, -1).sum(axis=(0, 2))
+    return sizes[1:] / jnp.maximum(sizes[0], jnp.finfo(jnp.float32).tiny)
 
 
 def quantize_kernel(
@@ -111,8 +114,7 @@ def quantize_kernel(
     kernel = kernel if mask is None else jnp.where(mask, kernel, 0)
     options = {"grid": grid, "group_size": settings.group_size}
     rtn = columns.round_to_nearest(kernel, mask, **options)
-    rtn_error = float(_relative_error(kernel, columns.dense(grid, rtn), H))
-    solved, error = rtn, rtn_error
+    solved = rtn
     if settings.method != "rtn":
         if not bool(jnp.any(jnp.diagonal(H))):
             note = "no input in the calibration data (an unused expert?): rounded to nearest"
@@ -126,12 +128,13 @@ def quantize_kernel(
                 )
             if float(solved.damp) > 1.5 * settings.damp:
                 note = f"factorised only with damp={float(solved.damp):.3g}: more calibration tokens would help"
-            error = float(_relative_error(kernel, columns.dense(grid, solved), H))
+    errors = np.asarray(_relative_errors(kernel, H, grid, (rtn,) if solved is rtn else (rtn, solved)))
     packed = _pack(solved, settings)
     jax.block_until_ready(packed)
     if note:
         log.warning("%s: %s", path, note)
     seconds = time.perf_counter() - began
+    rtn_error, error = float(errors[0]), float(errors[-1])
     return packed, LayerReport(path, float(solved.loss), error, rtn_error, float(solved.damp), seconds, note)
 
 
