@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -26,10 +27,11 @@ import jaxformers as jf
 from experiments import common, language
 from jaxformers import losses, weights
 from jaxformers.compress import sparsity_curve
-from jaxformers.compress.essential_sparsity import prune
+from jaxformers.compress.essential_sparsity import prunable, prune
 from jaxformers.compress.sparsity_curve import Curve, lottery_ticket, mask_similarity, sparsity_sweep
 from jaxformers.data import batches, text
 from jaxformers.data.tokenizers import load_tokenizer
+from jaxformers.mesh import constrained
 from jaxformers.train import OptimConfig, TrainConfig, fit
 
 
@@ -138,14 +140,17 @@ def next_token(apply: Any, params: Any, batch: Any, key: Any) -> tuple[jax.Array
 
 def tuner(config: Config, ids: np.ndarray, seed: int) -> Callable[[nnx.Module], nnx.Module]:
     """Fine-tuning as the paper does it: AdamW, linear decay to 0, no warm-up, no weight decay, no clipping."""
-    optim = OptimConfig(learning_rate=config.rate, schedule="linear", clip_norm=None)
-    settings = TrainConfig(steps=config.steps, optim=optim, log_every=config.steps, progress=False)
 
     def tune(model: nnx.Module) -> nnx.Module:
         data = batches.token_batches(ids, config.length, config.batch, seed=seed)
-        return fit(next_token, model, data, settings, key=jax.random.key(seed)).model
+        return fit(next_token, model, data, training(config), key=jax.random.key(seed)).model
 
     return tune
+
+
+def training(config: Config) -> TrainConfig:
+    optim = OptimConfig(learning_rate=config.rate, schedule="linear", clip_norm=None)
+    return TrainConfig(steps=config.steps, optim=optim, log_every=config.steps, progress=False)
 
 
 def ticket(
@@ -206,5 +211,27 @@ def report(config: Config, curves: list[Curve], means: list[Curve], tickets: lis
     common.figure(out / "figure.png", draw)
 
 
+def step(config: Config, mesh: Any) -> Any:
+    """For dry runs: a step of fine-tuning `model` under masks; of `batch` windows, or one a device where that is
+    more."""
+    from jaxformers.dryrun_steps import Array, config_dict, train_step
+
+    if config.model is None:
+        raise ValueError("model: this preset trains its own; name one to prune, such as facebook/opt-125m")
+    kept: list[Any] = []
+
+    def build() -> Any:
+        model = jf.init(config_dict(config.model), head="causal_lm", key=jax.random.key(0))
+        whole = {path: jnp.ones(kernel.shape, bool) for path, (kernel, _) in prunable(model).items()}
+        apply, params = jf.functional(weights.add_masks(model, whole))
+        kept.append(constrained(apply, mesh))
+        return params
+
+    params, rows = jax.eval_shape(build), max(config.batch, mesh.size)
+    ids = {"input_ids": Array((rows, config.length), jnp.int32)}
+    name = f"essential_sparsity, {config.model} under masks, {rows} × {config.length:,} tokens"
+    return train_step(name, next_token, kept[0], params, ids, training(config), mesh)
+
+
 if __name__ == "__main__":
-    common.main("essential_sparsity", PRESETS, run)
+    common.main("essential_sparsity", PRESETS, run, step=step)

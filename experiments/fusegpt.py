@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jaxformers as jf
@@ -171,5 +172,37 @@ def report(config: Config, rows: list[dict[str, Any]], out: Path) -> None:
     common.figure(out / "figure.png", draw)
 
 
+def step(config: Config, mesh: Any) -> Any:
+    """For dry runs: an update of the first group of layers of `model` with the grafts of one of them. Every device does
+    the whole of it: FuseGPT is not spread over a mesh."""
+    from jaxformers import paths
+    from jaxformers.compress import calibration, fusegpt_group
+    from jaxformers.compress.depth import layers_of
+    from jaxformers.dryrun import Step
+    from jaxformers.dryrun_steps import config_dict, replicated, size
+
+    if config.model is None:
+        raise ValueError("model: this preset trains its own; name one to shrink, such as meta-llama/Llama-2-7b-hf")
+    hf, how, kept = config_dict(config.model), settings(config)["FuseGPT"], []
+
+    def build() -> Any:
+        dtype = hf.get("dtype", hf.get("torch_dtype"))  # what the checkpoint is in
+        model = jf.init(hf, head="causal_lm", key=jax.random.key(0), dtype=dtype)
+        *group, victim = layers_of(model)[: config.group]
+        donor = paths.flatten(victim.params)
+        grafted = [fusegpt_group.graft(layer, donor, how, jax.random.key(layer.number)) for layer in group]
+        dtypes = {path: leaf.dtype for path, leaf in donor.items()}
+        kind, *state = fusegpt_group.begun(grafted, how, dtypes)
+        kept.append(kind)
+        u, context = calibration.embedder(model)({"input_ids": jnp.zeros((config.batch, config.length), jnp.int32)})
+        return *state, context, u, u, jnp.zeros(2)
+
+    args = replicated(jax.eval_shape(build), mesh)
+    update = lambda *args: fusegpt_group.update(kept[0], *args)
+    inputs = f"{config.batch} × {config.length:,} tokens"
+    name = f"fusegpt of {config.group} layers of {config.model} on each device, {inputs}"
+    return Step(name, update, args, (0, 1), parameters=size(paths.combine(args[0], args[2])))
+
+
 if __name__ == "__main__":
-    common.main("fusegpt", PRESETS, run)
+    common.main("fusegpt", PRESETS, run, step=step)

@@ -27,7 +27,6 @@ import jaxformers as jf
 from experiments import common
 from jaxformers import gates, units
 from jaxformers.compress import VTransConfig, vib_prune, vtrans
-from jaxformers.compress.vtrans_distil import DistilConfig
 from jaxformers.data.batches import array_batches
 from jaxformers.data.text import python_sources, read_records
 from jaxformers.data.tokenizers import load_tokenizer, train_wordpiece
@@ -38,11 +37,12 @@ from jaxformers.train import OptimConfig, TrainConfig, fit
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """`checkpoint`: a fine-tuned classifier; None trains one of the sizes below. `keep`: shares of the parameters that
-    stay; `steps` train gates, `finetune` follow, and the baselines get both. `rows`: of each split at most. `methods`:
-    of full, faster (at the smallest share only), random, magnitude."""
+    """`checkpoint`: a fine-tuned classifier; None trains one of the sizes below. `shape`: its architecture, for dry
+    runs. `keep`: shares of the parameters that stay; `steps` train gates, `finetune` follow, and the baselines get
+    both. `rows`: of each split at most. `methods`: of full, faster (at the smallest share only), random, magnitude."""
 
     checkpoint: str | None = None
+    shape: str | None = None
     data: Path | None = None
     rows: int | None = None
     vocab: int = 1500
@@ -77,8 +77,8 @@ PRESETS = {
     ),
     "small": Config(),
     "paper": Config(
-        checkpoint="textattack/bert-base-uncased-SST-2", length=128, keep=(0.3, 0.2, 0.1), steps=42_000,
-        finetune=42_000, rate=2e-5, mask_rate=0.05, lambda_rate=0.1, kl_factor=1e-6, head_kl=256.0,
+        checkpoint="textattack/bert-base-uncased-SST-2", shape="bert-base-uncased", length=128, keep=(0.3, 0.2, 0.1),
+        steps=42_000, finetune=42_000, rate=2e-5, mask_rate=0.05, lambda_rate=0.1, kl_factor=1e-6, head_kl=256.0,
         hidden_kl=30.0, warmup=0.1, seeds=1,
     ),
 }  # fmt: skip
@@ -112,14 +112,9 @@ def one(config: Config, dense: nnx.Module, rows: dict, method: str, keep: float,
     """Prune by one method, fine-tune, measure."""
     key, began = jax.random.key(seed), time.perf_counter()
     if method in ("full", "faster"):
-        settings = VTransConfig(
-            steps=config.steps, finetune_steps=config.finetune, batch=config.batch, rate=config.rate,
-            mask_rate=config.mask_rate, lambda_rate=config.lambda_rate, kl_factor=config.kl_factor,
-            head_kl=config.head_kl, hidden_kl=config.hidden_kl, warmup=config.warmup, distil=DistilConfig(),
-        )  # fmt: skip
         teacher = dense if config.distil else None
         done = vib_prune(
-            dense, rows["train"], {"params": keep}, mode=method, teacher=teacher, config=settings, key=key,
+            dense, rows["train"], {"params": keep}, mode=method, teacher=teacher, config=settings(config), key=key,
             val_data=rows["val"],
         )  # fmt: skip
         more = {name: done.report[name] for name in ("expected_sparsity", "actual_sparsity", "prune_seconds", "kept")}
@@ -133,6 +128,14 @@ def one(config: Config, dense: nnx.Module, rows: dict, method: str, keep: float,
         "test": accuracy(small, rows["test"]), "seconds": time.perf_counter() - began,
         "actual_sparsity": float(cost.sparsity(hard)), "parameters": parameters(small),
     }  # fmt: skip
+
+
+def settings(config: Config) -> VTransConfig:
+    return VTransConfig(
+        steps=config.steps, finetune_steps=config.finetune, batch=config.batch, rate=config.rate,
+        mask_rate=config.mask_rate, lambda_rate=config.lambda_rate, kl_factor=config.kl_factor,
+        head_kl=config.head_kl, hidden_kl=config.hidden_kl, warmup=config.warmup,
+    )  # fmt: skip
 
 
 def baseline_masks(model: nnx.Module, cost: vtrans.Costs, keep: float, method: str, seed: int) -> dict[str, Any]:
@@ -258,5 +261,29 @@ def draw(fig: Any, found: list[dict[str, Any]]) -> None:
     ax.legend(frameon=False)
 
 
+def step(config: Config, mesh: Any) -> Any:
+    """For dry runs: a step of weights and gates towards the smallest share, the teacher's forward pass included; of
+    `batch` rows, or one a device where that is more."""
+    from jaxformers.compress.vtrans_prune import KINDS, checked, default_loss
+    from jaxformers.compress.vtrans_train import frozen, make_objective, make_optimizer
+    from jaxformers.dryrun_steps import Array, config_dict, train_step
+
+    if config.shape is None:
+        raise ValueError("shape: this preset trains its own classifier; name one, such as bert-base-uncased")
+    build = lambda: jf.init(config_dict(config.shape), head="sequence_classification", key=jax.random.key(0))
+    model, rules, rows = jf.surgery.named(nnx.eval_shape(build)), settings(config), max(config.batch, mesh.size)
+    ids = Array((rows, config.length), jnp.int32)
+    data = {"input_ids": ids, "attention_mask": ids, "labels": Array((rows,), jnp.int32)}
+    kinds, counted, keep = checked(model, data, {"params": min(config.keep)}, KINDS, "full", None)
+    objective, params = make_objective(
+        model, model if config.distil else None, default_loss(model, data), kinds, counted, keep, rules, config.steps,
+        jax.random.key(0),
+    )  # fmt: skip
+    train = TrainConfig(steps=config.steps, freeze=frozen(params, "full"))
+    optimizer = make_optimizer(rules, config.steps)
+    name = f"vtrans, {config.shape}, {rows} × {config.length} tokens"
+    return train_step(name, objective, None, params, data, train, mesh, optimizer)
+
+
 if __name__ == "__main__":
-    common.main("vtrans", PRESETS, run)
+    common.main("vtrans", PRESETS, run, step=step)

@@ -1,16 +1,16 @@
 """The steps that dry runs compile, as functions of shapes: training, prefill, decoding; and models by name."""
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxformers import hub, losses, models, nn, resolve
+from jaxformers import hub, losses, models, nn, paths, resolve
 from jaxformers.chips import devices_of
 from jaxformers.dryrun import STEPS, Step
 from jaxformers.functional import functional
@@ -24,6 +24,7 @@ from jaxformers.train.config import TrainConfig
 from jaxformers.train.optim import OptimConfig, make_optimizer
 from jaxformers.train.state import State, leaf_paths, split
 from jaxformers.train.step import make_step
+from jaxformers.weights.base import is_typed
 
 Array = jax.ShapeDtypeStruct
 
@@ -45,6 +46,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "opt-125m": _OPT | {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "ffn_dim": 3072},
     "opt-66b": _OPT | {"hidden_size": 9216, "num_hidden_layers": 64, "num_attention_heads": 72, "ffn_dim": 36864},
     "llama-7b": _sizes("llama", 4096, 32, 32, 11008, max_position_embeddings=4096),
+    "llama-2-7b-hf": _sizes("llama", 4096, 32, 32, 11008, max_position_embeddings=4096, torch_dtype="float16"),
     "llama-70b": _sizes("llama", 8192, 80, 64, 28672, num_key_value_heads=8, max_position_embeddings=4096),
     "llama-3-8b": _sizes("llama", 4096, 32, 32, 14336, num_key_value_heads=8, vocab_size=128256, rope_theta=500000.0,
                          max_position_embeddings=8192),
@@ -235,12 +237,16 @@ def objective_of(head: str | None) -> Callable:
 
 
 def train_step(
-    name: str, objective: Callable, apply: Any, params: Any, batch: Any, config: TrainConfig, mesh: Mesh
-) -> Step:
-    """The step that `jaxformers.fit` would compile for these shapes: state, frozen parameters, batch, key."""
+    name: str, objective: Callable, apply: Any, params: Any, batch: Any, config: TrainConfig, mesh: Mesh,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Step:  # fmt: skip
+    """The step that `jaxformers.fit` would compile for these shapes: state, frozen parameters, batch, key.
+
+    ``optimizer``: as there, in place of ``config.optim``.
+    """
     trained, frozen, join = split(params, config.trainable, config.freeze)
     owners = dict(leaf_paths(params))
-    optimizer = make_optimizer(config.optim, config.steps, trained, owners)
+    optimizer = make_optimizer(config.optim, config.steps, trained, owners) if optimizer is None else optimizer
     places = placement.param_shardings(params, mesh)
     wide = {p: Array(x.shape, jnp.promote_types(x.dtype, jnp.float32), sharding=places[p]) for p, x in trained.items()}
     moments = jax.eval_shape(optimizer.init, wide)
@@ -261,8 +267,8 @@ def train_step(
 
 
 def size(params: Any) -> int:
-    """How many numbers the arrays (or shapes) of a tree hold."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    """How many weights the arrays (or shapes) of a tree are; a typed weight counts as the matrix it stands for."""
+    return sum(paths.count(x) for x in jax.tree.leaves(params, is_leaf=is_typed))
 
 
 def placed(params: Any, mesh: Mesh) -> Any:

@@ -65,15 +65,19 @@ def first_inputs(model: nnx.Module, calibration: Mapping[str, np.ndarray], batch
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be positive")
-    model = surgery.copy(model)
-    model.layers = nnx.data(_Recorder())
-    graph, state = nnx.split(model)
-    items = []
+    embed, items = embedder(model), []
     for start in range(0, len(next(iter(calibration.values()))), batch_size):
         batch = {name: array[start : start + batch_size] for name, array in calibration.items()}
-        x, context = _embed(graph, state, batch)
+        x, context = embed(batch)
         items.append((np.asarray(x), jax.tree.map(np.asarray, context), batch.get("attention_mask")))
     return items
+
+
+def embedder(model: nnx.Module) -> Callable[[Mapping[str, jax.Array]], tuple[jax.Array, dict[str, Any]]]:
+    """``embed(batch) -> (x, context)``: what block 0 of ``model`` is given. Compiled once per shape."""
+    model = surgery.copy(model)
+    model.layers = nnx.data(_Recorder())
+    return functools.partial(_embed, *nnx.split(model))
 
 
 @functools.partial(jax.jit, static_argnums=0)

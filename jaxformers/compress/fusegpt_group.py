@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -156,31 +156,17 @@ def train_group(
 
     Adam without decay or clipping, one update a batch, always in the same order.
     """
-    tree = {str(i): layer.params for i, layer in enumerate(layers)}
-    frozen, trained = paths.partition(tree, FROZEN)
-    trained = jax.tree.map(lambda a: jnp.array(a, copy=True), trained)  # to be donated
-    moments = optax.scale_by_adam(**ADAM).init(trained)
-    graphs, names = tuple(layer.graph for layer in layers), tuple(dtypes.items())
+    kind, trained, moments, frozen = begun(layers, config, dtypes)
     measured = lambda: np.array([
-        float(_group_loss(graphs, config.loss, names, trained, frozen, context, *batch))
-        for batch in zip(u, y, strict=True)
+        float(_group_loss(kind, trained, frozen, context, *batch)) for batch in zip(u, y, strict=True)
     ])  # fmt: skip
     before = measured()
     rates = np.array([config.coefficient_learning_rate, config.learning_rate], np.float32)
     for step in range(config.epochs * len(u)):
         share = 0.5 * (1 + math.cos(math.pi * step / (config.epochs * len(u))))
         batch = u[step % len(u)], y[step % len(u)]
-        trained, moments = _update(
-            graphs,
-            config.loss,
-            names,
-            trained,
-            moments,
-            frozen,
-            context,
-            *batch,
-            jnp.asarray(share * rates, jnp.float32),
-        )
+        now = jnp.asarray(share * rates, jnp.float32)
+        trained, moments = update(kind, trained, moments, frozen, context, *batch, now)
     after = measured()
     if not np.all(np.isfinite(after)):
         raise ValueError(
@@ -191,24 +177,39 @@ def train_group(
     return [layer._replace(params=tree[str(i)]) for i, layer in enumerate(layers)], before, after
 
 
-def _loss(graphs: Any, kind: str, names: Any, trained: Any, frozen: Any, context: Any, u: Array, y: Array) -> Array:
-    tree, x, dtypes = paths.combine(trained, frozen), u, dict(names)
-    for i, graph in enumerate(graphs):
+class Kind(NamedTuple):
+    """What makes one program of an update: the layers' graphs, the loss, and each parameter's dtype by its path."""
+
+    graphs: tuple[Any, ...]
+    loss: str
+    dtypes: tuple[tuple[str, Any], ...]
+
+
+def begun(layers: Sequence[Layer], config: FuseConfig, dtypes: Mapping[str, Any]) -> tuple[Kind, Any, Any, Any]:
+    """(kind, trained, moments, frozen) of grafted ``layers``, as :func:`update` takes them; ``trained`` is a copy."""
+    kind = Kind(tuple(layer.graph for layer in layers), config.loss, tuple(dtypes.items()))
+    frozen, trained = paths.partition({str(i): layer.params for i, layer in enumerate(layers)}, FROZEN)
+    trained = jax.tree.map(lambda a: jnp.array(a, copy=True), trained)  # to be donated
+    return kind, trained, optax.scale_by_adam(**ADAM).init(trained), frozen
+
+
+def _loss(kind: Kind, trained: Any, frozen: Any, context: Any, u: Array, y: Array) -> Array:
+    tree, x, dtypes = paths.combine(trained, frozen), u, dict(kind.dtypes)
+    for i, graph in enumerate(kind.graphs):
         plain = merged(Layer(i, graph, tree[str(i)]), dtypes)
         x, _ = nnx.merge(graph, plain.params)(x, **context)
-    return group_loss(kind, y, x)
+    return group_loss(kind.loss, y, x)
 
 
-_group_loss = jax.jit(_loss, static_argnums=(0, 1, 2))
+_group_loss = jax.jit(_loss, static_argnums=0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
-def _update(
-    graphs: Any, kind: str, names: Any, trained: Any, moments: Any, frozen: Any, context: Any, u: Array, y: Array,
-    rates: Array,
-) -> tuple[Any, Any]:  # fmt: skip
-    """One update; ``rates``: of coefficients, and of the rest."""
-    gradient = jax.grad(_loss, argnums=3)(graphs, kind, names, trained, frozen, context, u, y)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+def update(
+    kind: Kind, trained: Any, moments: Any, frozen: Any, context: Any, u: Array, y: Array, rates: Array
+) -> tuple[Any, Any]:
+    """(trained, moments) after one batch; ``rates`` (2,): of coefficients, and of the rest."""
+    gradient = jax.grad(_loss, argnums=1)(kind, trained, frozen, context, u, y)
     change, moments = optax.scale_by_adam(**ADAM).update(gradient, moments)
 
     def moved(keys: Any, old: Array, by: Array) -> Array:

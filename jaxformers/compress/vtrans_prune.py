@@ -26,6 +26,7 @@ from jaxformers.compress.vtrans_train import (
     Loss,
     VTransConfig,
     distillation,
+    frozen,
     inputs_of,
     make_objective,
     make_optimizer,
@@ -91,7 +92,7 @@ def vib_prune(
     farther than ``config.miss`` from the target.
     """
     began = time.perf_counter()
-    kinds, counted, keep = _checked(model, data, budget, units, mode, embeddings)
+    kinds, counted, keep = checked(model, data, budget, units, mode, embeddings)
     if teacher is not None:
         vtrans_distil.check_teacher(teacher, model)
     task = loss or default_loss(model, data)
@@ -103,11 +104,11 @@ def vib_prune(
     above = config.tolerance[1] if keep >= 0.3 else max(config.tolerance[1], 0.006)  # as published, of high sparsities
     window = (1 - keep - config.tolerance[0], 1 - keep + above)
     best = Best(counted, config, window, objective, val_data)
-    frozen = (*(("teacher.**",) if teacher is not None else ()), *(("model.**",) if mode == "faster" else ()))
     train = TrainConfig(
-        steps=steps, freeze=frozen, eval_every=config.check_every, log_every=config.check_every, progress=False
-    )
-    optimizer = make_optimizer(config, steps, mode)
+        steps=steps, freeze=frozen(params, mode), eval_every=config.check_every, log_every=config.check_every,
+        progress=False,
+    )  # fmt: skip
+    optimizer = make_optimizer(config, steps)
     batches = array_batches(rows, min(config.batch, len(rows["input_ids"])))
     where = None if directory is None else Path(directory) / "prune"
     done = fit(objective, params, batches, train, key=fit_key, optimizer=optimizer, evaluate=best, directory=where)
@@ -156,9 +157,13 @@ def default_loss(model: nnx.Module, data: Mapping[str, Any]) -> Loss:
 # ---- before --------------------------------------------------------------------------------------------------------
 
 
-def _checked(
+def checked(
     model: nnx.Module, data: Mapping, budget: Mapping, chosen: tuple[str, ...], mode: str, embeddings: bool | None
 ) -> tuple[tuple[str, ...], vtrans.Costs, float]:
+    """(kinds of gates, what they cost, the share that stays) of :func:`vib_prune`'s arguments, which it checks.
+
+    Shapes will do for ``data``, and an abstract ``model``. Raises ValueError as there.
+    """
     if len(budget) != 1 or set(budget) - {"params", "flops"}:
         raise ValueError(f"budget: expected {{'params': share}} or {{'flops': share}}, got {dict(budget)}")
     (kind, keep) = next(iter(budget.items()))

@@ -89,7 +89,10 @@ def make_objective(
     steps: int,
     key: jax.Array,
 ) -> tuple[Callable, dict[str, Any]]:
-    """L of `vtrans`' first paragraph, and what it is a function of: model, gates, lambda, step (map, teacher)."""
+    """L of `vtrans`' first paragraph, and what it is a function of: model, gates, lambda, step (map, teacher).
+
+    ``model`` and ``teacher`` may be abstract.
+    """
     apply, weights = functional(model)
     found = vtrans.init_gates(model, kinds, key)
     run = gates.gated(apply, model, kinds, multiply=vtrans.sample, kept=vtrans.stays)
@@ -131,6 +134,11 @@ def make_objective(
     return objective, params
 
 
+def frozen(params: Mapping[str, Any], mode: str) -> tuple[str, ...]:
+    """Paths of ``params`` that are not trained."""
+    return (*(("teacher.**",) if "teacher" in params else ()), *(("model.**",) if mode == "faster" else ()))
+
+
 def existing(found: Mapping[str, Any], depth: int) -> jax.Array:
     """Which layers have a sub-layer left, by the gates of layers."""
     if "sublayers" not in found:
@@ -156,7 +164,7 @@ def distillation(teacher: nnx.Module, model: nnx.Module, config: DistilConfig) -
     return loss
 
 
-def make_optimizer(config: VTransConfig, steps: int, mode: str) -> optax.GradientTransformation:
+def make_optimizer(config: VTransConfig, steps: int) -> optax.GradientTransformation:
     """Three groups: weights by clipped AdamW, gates by Adam, λ by ascent; and the count of steps."""
     rate = optax.linear_schedule(config.rate, 0.0, steps)
     mask_rate = optax.linear_schedule(config.mask_rate, 0.0, steps) if config.decay else config.mask_rate

@@ -97,11 +97,9 @@ def named(layers):
 
 
 def gradients(layers, u, y, context, kind, dtypes):
-    tree = {str(i): layer.params for i, layer in enumerate(layers)}
-    frozen, trained = paths.partition(tree, fusegpt_group.FROZEN)
-    graphs = tuple(layer.graph for layer in layers)
-    slopes = jax.jit(jax.grad(fusegpt_group._loss, argnums=3), static_argnums=(0, 1, 2))
-    found = slopes(graphs, kind, tuple(dtypes.items()), trained, frozen, context, u, y)
+    program, trained, _, frozen = fusegpt_group.begun(layers, FuseConfig(loss=kind), dtypes)
+    slopes = jax.jit(jax.grad(fusegpt_group._loss, argnums=1), static_argnums=0)
+    found = slopes(program, trained, frozen, context, u, y)
     whole = paths.combine(found, frozen)
     return named([layer._replace(params=whole[str(i)]) for i, layer in enumerate(layers)])
 

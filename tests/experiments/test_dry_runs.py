@@ -23,6 +23,9 @@ EXPECTED = {
     "linktransformer": (278, 3, 10),
     "rmsnorm": (125, 24, 32),
     "x_ecomla": (2471, 4.5e3, 6.5e3),
+    "essential_sparsity": (125, 14, 18),
+    "fusegpt": (1417, 140, 170),
+    "vtrans": (219.6, 2.7, 3.5),
 }
 
 
@@ -38,8 +41,9 @@ def test_the_paper_presets_have_a_step(name):
     assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(step.args))
 
 
-def test_presets_that_make_their_own_models_have_none():
-    module = importlib.import_module("experiments.gptq")
+@pytest.mark.parametrize("name", ["gptq", "essential_sparsity", "fusegpt", "vtrans"])
+def test_presets_that_make_their_own_models_have_none(name):
+    module = importlib.import_module(f"experiments.{name}")
     with pytest.raises(ValueError, match="this preset trains its own"):
         module.step(module.PRESETS["small"], jf.mesh("data=1"))
 
