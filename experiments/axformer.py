@@ -92,6 +92,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         special.structure.save(out / f"structure-{seed}.json")
     jf.save(special.model, out / "model", tokenizer=tokenizer)
     show(rows)
+    common.figure(out / "figure.png", lambda fig: draw(fig, rows), size=(8, 2.4))
     return {"rows": rows, "searches": found}
 
 
@@ -114,6 +115,12 @@ def show(rows: list[dict[str, Any]]) -> None:
     ways, columns = dict.fromkeys(r["way"] for r in rows), [c for c in rows[0] if c not in ("seed", "way")]
     of = lambda way, column: common.mean_std(r[column] for r in rows if r["way"] == way)
     common.table("as trained, and by AxFormer", [{"way": w, **{c: of(w, c) for c in columns}} for w in ways])
+
+
+def draw(fig: Any, rows: list[dict[str, Any]]) -> None:
+    for axis, column in zip(fig.subplots(1, 2), ("validation loss", "test loss"), strict=True):
+        ways = dict.fromkeys(r["way"] for r in rows)
+        common.bars(axis, {way: [r[column] for r in rows if r["way"] == way] for way in ways}, column)
 
 
 Texts = tuple[list[Any], np.ndarray]  # sentences, or pairs of them, and their labels

@@ -199,6 +199,18 @@ def figure(path: str | Path, draw: Callable[[Any], None], *, size: tuple[float, 
     return Path(path)
 
 
+def bars(axis: Any, values: Mapping[str, Sequence[float]], label: str) -> None:
+    """One horizontal bar of the mean for each name, from top to bottom, and a point for each of its values."""
+    for row, found in enumerate(values.values()):
+        axis.barh(row, np.mean(found), color="C0", alpha=0.6)
+        axis.plot(found, np.full(len(found), row), "k.", markersize=4)
+        axis.annotate(f"  {np.mean(found):.3g}", (max(*found, np.mean(found)), row), va="center", fontsize=8)
+    axis.set_yticks(range(len(values)), list(values))
+    axis.invert_yaxis()
+    axis.margins(x=0.2)
+    axis.set_xlabel(label)
+
+
 def plain(value: Any) -> Any:
     """``value`` as JSON can hold it: numpy and JAX scalars, arrays, paths, dataclasses; NaN and infinity as null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -101,7 +101,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
                 jf.save(converted, out / "model-crms", tokenizer=tokenizer)
         paths.append({"seed": seed, **compare_paths(config, model.config, ids, seed)})
     times = timed(config)
-    report(config, rows, paths, times)
+    report(config, rows, paths, times, out)
     return {"rows": rows, "paths": paths, "milliseconds": times, "equal to 4 decimals": equal(rows)}
 
 
@@ -203,7 +203,7 @@ def equal(rows: list[dict[str, Any]]) -> bool:
     return all(abs(value - of[seed, "Pre-LN"]) < 5e-5 for (seed, _), value in of.items())
 
 
-def report(config: Config, rows: Any, paths: Any, times: dict[str, dict[str, float]]) -> None:
+def report(config: Config, rows: Any, paths: Any, times: dict[str, dict[str, float]], out: Path) -> None:
     reference = {r["seed"]: r["float32"] for r in rows if r["form"] == "Pre-LN"}
     table = []
     for form in config.forms:
@@ -221,6 +221,8 @@ def report(config: Config, rows: Any, paths: Any, times: dict[str, dict[str, flo
     steps = times["gradients"]
     own = [{"form": form, "ms": value, "of Pre-LN": value / steps["Pre-LN"]} for form, value in steps.items()]
     common.table("loss and gradients", own)
+    parts = {f"{form}, {what}": [ms / of["Pre-LN"]] for what, of in times.items() for form, ms in of.items()}
+    common.figure(out / "figure.png", lambda fig: common.bars(fig.subplots(), parts, "time, of Pre-LN's"))
 
 
 def step(config: Config, mesh: Any) -> Any:

@@ -121,7 +121,11 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             if seed == 0 and way == next(iter(ways(config))):
                 print(report_table(report))
                 jf.save(done.model, out / "model")
-    return {"rows": rows, **summary(rows)}
+    found = summary(rows)
+    label = "nats a token above the source, held-out text"
+    others = {way: gaps for way, gaps in found["gaps"].items() if way != "source"}
+    common.figure(out / "figure.png", lambda fig: common.bars(fig.subplots(), others, label), size=(6.4, 2.8))
+    return {"rows": rows, **found}
 
 
 def ways(config: Config) -> dict[str, dict[str, Any]]:
