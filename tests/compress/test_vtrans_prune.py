@@ -11,6 +11,7 @@ import jaxformers as jf
 from jaxformers import gates
 from jaxformers.compress import DistilConfig, VTransConfig, vib_prune
 from jaxformers.compress.vtrans_prune import BudgetMissed
+from jaxformers.models import roberta
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 ONE = {**SIZES, "num_hidden_layers": 1}
@@ -76,15 +77,32 @@ def test_cut_and_masked_are_one_before_fine_tuning_and_it_saves(pruned, tmp_path
     assert tiny.largest_difference(again, ours) == 0
 
 
+def test_every_seed_brings_a_roberta_to_the_same_sparsity(tmp_path):
+    shape = roberta.Config(**ONE, intermediate_size=64, max_position_embeddings=12, initializer_range=0.1,
+                           hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+    model = jf.init(shape, head="sequence_classification", key=jax.random.key(0))
+    config = dataclasses.replace(QUICK, steps=100, check_every=50)
+    found = [vib_prune(model, rows(), {"params": 0.4}, config=config, key=jax.random.key(seed)) for seed in (0, 1)]
+    for done in found:
+        assert abs(done.report["expected_sparsity"] - 0.6) < 0.05 and abs(done.report["actual_sparsity"] - 0.6) < 0.01
+        assert all(before > after for before, after in (done.report["kept"][kind] for kind in ("hidden", "ffn")))
+    one, other = ({kind: jax.tree.leaves(mine) for kind, mine in done.masks.items()} for done in found)
+    assert any(np.any((a != 0) != (b != 0)) for kind in one for a, b in zip(one[kind], other[kind], strict=True))
+    jf.save(found[0].model, tmp_path / "small")
+    again, ours = jf.functional(jf.load(tmp_path / "small"))[1], jf.functional(found[0].model)[1]
+    assert tiny.largest_difference(again, ours) == 0
+
+
 def test_faster_leaves_the_weights_of_a_llama_and_counts_its_key_heads():
     model = tiny.model("llama", num_key_value_heads=2, intermediate_size=64, initializer_range=0.1, **ONE)
     ids = {"input_ids": rows()["input_ids"]}
     config = dataclasses.replace(QUICK, steps=100)
-    done = vib_prune(model, ids, {"flops": 0.6}, mode="faster", units=("heads", "ffn"), config=config,
+    done = vib_prune(model, ids, {"flops": 0.6}, mode="faster", units=("hidden", "heads", "ffn"), config=config,
                      key=jax.random.key(0))  # fmt: skip
     assert tiny.largest_difference(jf.functional(done.trained)[1], jf.functional(model)[1]) == 0
-    assert {kind: before for kind, (before, _) in done.report["kept"].items()} == {"heads": 2, "ffn": 64}
-    assert abs(done.report["actual_sparsity"] - 0.4) < 0.01 and "hidden" not in done.masks
+    kept = done.report["kept"]
+    assert {kind: before for kind, (before, _) in kept.items()} == {"hidden": 32, "heads": 2, "ffn": 64}
+    assert abs(done.report["actual_sparsity"] - 0.4) < 0.01 and done.model.config.hidden_size == kept["hidden"][1] < 32
     assert jf.generate(done.model, ids["input_ids"][:1, :3], max_new_tokens=2)[0] is not None
 
 
