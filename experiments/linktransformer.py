@@ -44,13 +44,16 @@ class Config:
     model: str | None = "all-MiniLM-L6-v2"
     """a name or directory; None is a tiny encoder with random weights"""
     seeds: int = 3
-    num_epochs: int = 5
-    train_batch_size: int = 32
+    num_epochs: int = 12
+    train_batch_size: int = 204
     learning_rate: float = 1e-4
     warm_up_perc: float = 0.1
-    temperature: float = 0.07
+    temperature: float = 0.1
+    interpolation: float = 0.5
     max_length: int | None = 128
     texts_per_intent: int = 8
+    question_length: int | None = 32
+    """tokens that questions of banking77 are cut to"""
     data: Path | None = None
     """directory that holds er_magellan_small/ and banking77_small/"""
     table: Path | None = None
@@ -70,6 +73,8 @@ PRESETS = {
         train_batch_size=64,
         learning_rate=2e-5,
         warm_up_perc=1.0,
+        temperature=0.07,
+        interpolation=1.0,
         max_length=None,
     ),
 }
@@ -86,7 +91,8 @@ def run(config: Config, out: Path) -> dict:
                 args = LinkTrainingArgs(
                     num_epochs=config.num_epochs, train_batch_size=config.train_batch_size,
                     learning_rate=config.learning_rate, warm_up_perc=config.warm_up_perc,
-                    temperature=config.temperature, max_length=config.max_length, seed=seed,
+                    temperature=config.temperature, interpolation=config.interpolation, seed=seed,
+                    max_length=config.question_length if task in ("banking77", "known") else config.max_length,
                 )  # fmt: skip
                 _, evaluation = fit_linkage(model, tokenizer, split, args)
                 scores["trigram TF-IDF"].append(split.val.score(tfidf([*split.val.queries, *split.val.corpus])))

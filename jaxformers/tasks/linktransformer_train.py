@@ -44,6 +44,8 @@ class LinkTrainingArgs:
     are held out, half of those as test set with `test_at_end`; 1 means validation on the training data.
     `val_query_prop` of a held-out cluster's texts are queries, the rest corpus; `large_val` adds the training texts as
     distractors. `eval_steps_perc` is the share of all steps between evaluations (None: before and after only).
+    `interpolation` is how far the result lies on the way from the weights given to the trained ones: below 1 it is an
+    average of both, which keeps more of what the encoder knew of other texts (WiSE-FT, arXiv 2109.01903, equation 1).
     `chunk` > 0 encodes a batch in chunks with the exact gradient of the whole (gradient caching). `max_length` None is
     the model's own.
     """
@@ -58,6 +60,7 @@ class LinkTrainingArgs:
     loss_type: str = "supcon"
     temperature: float = 0.07
     margin: float = 0.5
+    interpolation: float = 1.0
     val_perc: float = 0.2
     val_query_prop: float = 0.5
     large_val: bool = True
@@ -87,6 +90,8 @@ class LinkTrainingArgs:
         for name in ("learning_rate", "temperature", "margin"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)!r}")
+        if not 0 < self.interpolation <= 1:
+            raise ValueError(f"interpolation must be in (0, 1], got {self.interpolation!r}")
         if self.eval_steps_perc is not None and not 0 < self.eval_steps_perc <= 1:
             raise ValueError(f"eval_steps_perc must be in (0, 1], got {self.eval_steps_perc!r}")
 
@@ -187,12 +192,18 @@ def fit_linkage(model: Any, tokenizer: Any, splits: Split, args: LinkTrainingArg
     result = train.fit(
         objective, model, batches, config, key=jax.random.key(args.seed), evaluate=evaluate if splits.val else None
     )
+    params, trained = result.params, result.model
     after = {name: result.last(f"eval_{name}") for name in evaluation["before"] or ()}  # `fit` evaluates at the end
+    if args.interpolation < 1:
+        share = args.interpolation
+        params = jax.tree.map(lambda a, b: ((1 - share) * a + share * b).astype(a.dtype), start, params)
+        trained = with_params(model, params)
+        after = splits.val.score(encode(params)) if splits.val else None
     evaluation["after"] = after or None
-    evaluation["test"] = splits.test.score(encode(result.params)) if splits.test else None
+    evaluation["test"] = splits.test.score(encode(params)) if splits.test else None
     evaluation["history"] = result.history
     logger.info("linkage training: before %s, after %s", evaluation["before"], evaluation["after"])
-    return result.model, evaluation
+    return trained, evaluation
 
 
 # ------------------------------------------------------------------------------------------------- batches and losses

@@ -231,6 +231,24 @@ def test_labelled_pairs_train(tiny, tmp_path, loss_type):
     assert set(evaluation["test"]) >= {"accuracy", "f1", "ap", "f1_threshold"}
 
 
+def test_interpolation_lies_between_the_weights_given_and_the_trained_ones(tiny, tmp_path):
+    start = functional(hub.load(tiny))[1]
+    ends, scores = {}, {}
+    for share in (1.0, 0.25):
+        out = lt.train_model(
+            labelled_table(), model_path=tiny, left_col_names=["left"], right_col_names=["right"],
+            label_col_name="same",
+            training_args=args(tmp_path, num_epochs=4, interpolation=share, model_save_name=f"share{share}"),
+        )  # fmt: skip
+        ends[share] = functional(hub.load(out))[1]
+        scores[share] = json.loads((tmp_path / f"share{share}" / "LT_evaluation.json").read_text())
+    expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, start, ends[1.0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ends[0.25], expected)
+    assert scores[1.0]["before"]["ap"] == scores[0.25]["before"]["ap"]
+    for part in ("after", "test"):  # both are of the average
+        assert scores[1.0][part]["ap"] != scores[0.25][part]["ap"], part
+
+
 def test_clusters_train(tiny, tmp_path):
     df = pd.DataFrame([(f"{n} {e}", i) for i, n in enumerate(NAMES) for e in ENDINGS], columns=["text", "cluster"])
     lt.train_model(
