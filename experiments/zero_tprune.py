@@ -247,16 +247,15 @@ def report(config: Config, rows: list[dict[str, Any]], out: Path) -> None:
     common.table("accuracy on test images", table)
 
     def draw(fig: Any) -> None:
-        axis = fig.subplots()
-        for way in ways:
-            found = [seen(budget, way) for budget in config.budgets]
-            share = [100 * (1 - budget) for budget in config.budgets]
-            axis.errorbar(share, np.mean(found, axis=1), np.std(found, axis=1), marker="o", capsize=3, label=way)
-        axis.axhline(np.mean(seen(1.0, "dense")), color="grey", linewidth=1, label="dense")
-        axis.set(xlabel="multiply-adds saved, %", ylabel="accuracy on test images")
-        axis.legend()
+        for axis, budget in zip(fig.subplots(1, len(config.budgets), squeeze=False)[0], config.budgets, strict=True):
+            axis.axvline(np.mean(seen(1.0, "dense")), color="grey", linewidth=1)
+            for row, way in enumerate(ways):
+                axis.errorbar(np.mean(seen(budget, way)), row, xerr=np.std(seen(budget, way)), fmt="o", capsize=3)
+            axis.set_yticks(range(len(ways)), ways)
+            axis.invert_yaxis()
+            axis.set(xlabel="accuracy on test images (line: nothing pruned)", title=name(budget))
 
-    common.figure(out / "figure.png", draw)
+    common.figure(out / "figure.png", draw, size=(10, 3.2))
 
 
 def step(config: Config, mesh: Any) -> Any:
