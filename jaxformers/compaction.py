@@ -84,7 +84,7 @@ def abstract_compact(
     kept: Kept = {("heads", path): np.asarray(which, int) for path, which in heads.items()}
     kept |= {("ffn", path): np.arange(n) for path, n in ffn.items()}
     kept |= {(kind, ""): np.arange(n) for kind, n in (("hidden", hidden), ("embeddings", embeddings)) if n is not None}
-    return _apply(surgery.copy(model), kept, cut)
+    return surgery.record(_apply(surgery.copy(model), kept, cut), FUNCTION, **dataclasses.asdict(cut))
 
 
 Kept = dict[tuple[str, str], np.ndarray]  # (kind, name) -> the units that stay, ascending

@@ -14,17 +14,19 @@ import numpy as np
 from flax import nnx
 
 from jaxformers import compress, weights
-from jaxformers.compress import essential_sparsity
+from jaxformers.compress import essential_sparsity, vtrans_prune
 from jaxformers.compress.block import Settings
 from jaxformers.compress.rmsnorm import norm_form
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a step may use: ``calibration`` (token ids, or the model's inputs by name; None without), a ``key`` of its
-    own, and a directory ``work`` for what it wants to keep until it has ended."""
+    """What a step may use: ``calibration`` (token ids, or the model's inputs by name; None without), the ``labels`` of
+    its rows where there are any, a ``key`` of its own, and a directory ``work`` for what it wants to keep until it has
+    ended."""
 
     calibration: Any
+    labels: np.ndarray | None
     key: jax.Array
     work: Path
 
@@ -32,12 +34,14 @@ class Data:
 @dataclasses.dataclass(frozen=True)
 class Method:
     """``apply(model, options, data) -> model``; the ``options`` it knows, and ``check(options)``, which raises for
-    those that cannot be. ``calibrated``: it needs calibration data."""
+    those that cannot be. ``calibrated``: it needs calibration data; ``trains``: it learns from them, the next token or
+    their labels."""
 
     options: tuple[str, ...]
     check: Callable[[dict[str, Any]], Any]
     apply: Callable[[nnx.Module, dict[str, Any], Data], nnx.Module]
     calibrated: Callable[[dict[str, Any]], bool] = lambda options: False
+    trains: bool = False
 
 
 def _fuse_config(options: dict[str, Any]) -> compress.FuseConfig:
@@ -116,6 +120,41 @@ def _prune(model: nnx.Module, options: dict[str, Any], data: Data) -> nnx.Module
     return weights.add_masks(pruned.model, pruned.masks) if keep else pruned.model
 
 
+def _gating(options: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """What :func:`jaxformers.compress.vib_prune` is called with, and whether the model as it was teaches."""
+    own = {"units": vtrans_prune.KINDS, "mode": "full"} | {name: options[name] for name in GATED if name in options}
+    own["units"] = tuple(own["units"])
+    if "budget" not in own:
+        raise ValueError("budget is missing, such as {params = 0.5}")
+    vtrans_prune.check_options(own["budget"], own["units"], own["mode"])
+    given = {name: value for name, value in options.items() if name not in GATED}
+    distil = given.pop("distil", False)
+    if not isinstance(distil, bool | Mapping):
+        raise ValueError(f"distil: expected true, false or a table of {', '.join(_fields(compress.DistilConfig))}")
+    if isinstance(distil, Mapping):
+        unknown = set(distil) - set(_fields(compress.DistilConfig))
+        if unknown:
+            raise ValueError(f"distil: no option {sorted(unknown)[0]!r}; {', '.join(_fields(compress.DistilConfig))}")
+        given["distil"] = compress.DistilConfig(**distil)
+    return own | {"config": compress.VTransConfig(**given, timed=False)}, distil is not False
+
+
+GATED = ("budget", "units", "mode", "embeddings")
+
+
+def _gate(model: nnx.Module, options: dict[str, Any], data: Data) -> nnx.Module:
+    given, distil = _gating(options)
+    rows = dict(data.calibration) if isinstance(data.calibration, Mapping) else {"input_ids": data.calibration}
+    rows |= {} if data.labels is None else {"labels": data.labels}
+    teacher = model if distil else None
+    return compress.vib_prune(model, rows, given.pop("budget"), teacher=teacher, key=data.key, **given).model
+
+
+def _upcycle(model: nnx.Module, options: dict[str, Any], data: Data) -> nnx.Module:
+    key = data.key if options.get("init") == "random" else None
+    return compress.upcycle_mla(model, key=key, **options)
+
+
 def _ids(calibration: Any, method: str) -> np.ndarray:
     ids = calibration.get("input_ids") if isinstance(calibration, Mapping) else calibration
     if ids is None or (isinstance(calibration, Mapping) and len(calibration) > 1):
@@ -133,17 +172,17 @@ def _keywords(function: Callable, *without: str) -> tuple[str, ...]:
     return tuple(name for name in found if name not in without)
 
 
-def _plain(function: Callable, *without: str) -> Method:
-    """A function of the model and of options that it checks itself."""
-    names = _keywords(function, *without)
-    needed = [n for n in names if inspect.signature(function).parameters[n].default is inspect.Parameter.empty]
+def _complete(function: Callable) -> Callable[[dict[str, Any]], None]:
+    """A check that options have the arguments which ``function`` cannot do without; the others it checks itself."""
+    _, *rest = inspect.signature(function).parameters.values()
+    needed = [p.name for p in rest if p.default is inspect.Parameter.empty]
 
     def check(options: dict[str, Any]) -> None:
         for name in needed:
             if name not in options:
                 raise ValueError(f"{name} is missing")
 
-    return Method(names, check, lambda model, options, data: function(model, **options))
+    return check
 
 
 ALWAYS = lambda options: True  # noqa: E731
@@ -165,5 +204,11 @@ METHODS: dict[str, Method] = {
         _fields(Pruning), lambda options: Pruning(**options), _prune, lambda options: options.get("by") in CALIBRATED
     ),
     "remove_layers": Method(_fields(Removal), lambda options: Removal(**options), _remove, ALWAYS),
-    "upcycle_mla": _plain(compress.upcycle_mla, "report", "key"),
+    "upcycle_mla": Method(
+        _keywords(compress.upcycle_mla, "report", "key"), _complete(compress.upcycle_mla), _upcycle
+    ),
+    "vtrans": Method(
+        (*GATED, *(name for name in _fields(compress.VTransConfig) if name != "timed")), _gating, _gate, ALWAYS,
+        trains=True,
+    ),
 }

@@ -19,6 +19,7 @@ ones. A directory's name ends in a checksum of all that led to it: the model's w
 """
 
 import dataclasses
+import inspect
 import json
 import logging
 import shutil
@@ -39,6 +40,8 @@ from jaxformers.atomic import write_json_atomic
 from jaxformers.compress.gptq import calibration_ids
 from jaxformers.compress.sweep import fingerprint
 from jaxformers.cost import cost, latency
+from jaxformers.data.text import read_labelled
+from jaxformers.data.tokenizers import load_tokenizer
 from jaxformers.evaluation import perplexity, windows_of_file
 from jaxformers.extras import require
 from jaxformers.functional import functional
@@ -145,15 +148,18 @@ def run_recipe(
 ) -> Report:
     """Compress the checkpoint ``model`` (directory or hub id) step by step into directories under ``out``.
 
-    ``calibration``: what the steps measure on: token ids (sequences, length), the model's inputs by name, or a file
-    (text: ``samples`` random windows of ``length`` tokens, cut to the model's positions). ``evaluation``: windows of
+    ``calibration``: what the steps measure on: token ids (sequences, length), the model's inputs by name (and "labels"
+    of the rows, for steps that train), or a file: text, ``samples`` random windows of ``length`` tokens, cut to the
+    model's positions; for a classifier of sequences a table with columns text (text2) and label, ``samples`` rows of
+    it, each cut to ``length`` tokens. ``evaluation``: windows of
     token ids (n, length) or a file, for perplexity; ``metric(model) -> float`` (called ``metric_name``) stands in its
     place where a model is no causal language model. ``batch_size``: of the evaluation. ``seed``: of the draw of the
     calibration windows, and of each step's key.
 
     ``out`` receives a checkpoint per step, ``report.json`` (rewritten after each), and ``figure.png``: size against
     quality. Raises ValueError before anything is computed: for a recipe that cannot be read or names what is not known,
-    a step that needs calibration data where there are none, a model that perplexity is not defined for.
+    a step that needs calibration data (or their labels) where there are none, a model that perplexity is not defined
+    for.
     """
     steps, out = read_recipe(recipe), Path(out)
     for i, step in enumerate(steps):
@@ -167,7 +173,19 @@ def run_recipe(
         raise ValueError(f"evaluation: perplexity needs a causal language model, not {type(current).__name__} with "
                          f"head {current.head_name}; give metric, a function of the model")  # fmt: skip
     if isinstance(calibration, str | Path):
-        calibration = calibration_ids(current, Path(calibration), samples=samples, length=length, seed=seed)
+        read = labelled_rows if _holds_rows(current, Path(calibration)) else calibration_ids
+        calibration = read(current, Path(calibration), samples=samples, length=length, seed=seed)
+    labels = None
+    if isinstance(calibration, Mapping):
+        calibration = dict(calibration)
+        labels = calibration.pop("labels", None)
+    for i, step in enumerate(steps):
+        if METHODS[step["method"]].trains and labels is None and current.head_name != "causal_lm":
+            raise ValueError(
+                f"calibration: step {i}, {step['method']}, trains {type(current).__name__} with head "
+                f"{current.head_name}; give its inputs by name with 'labels', or a classifier of sequences a .jsonl, "
+                ".csv or .tsv file with columns text and label"
+            )
     if isinstance(evaluation, str | Path):
         positions = getattr(current.config, "max_position_embeddings", None) or length
         own = None if Path(evaluation).suffix == ".npy" else min(length, positions)
@@ -177,7 +195,7 @@ def run_recipe(
     example = _example(current, calibration)
 
     out.mkdir(parents=True, exist_ok=True)
-    key = fingerprint(str(seed), [functional(current)[1], calibration])
+    key = fingerprint(str(seed), [functional(current)[1], calibration, labels])
     known = _known_rows(out / "report.json")
     rows: list[Row] = []
 
@@ -194,7 +212,7 @@ def run_recipe(
         directory = out / f"{i}-{step['method']}-{key[-8:]}"
         if not directory.is_dir():
             began, work = time.perf_counter(), out / f".{directory.name}.work"
-            data = Data(calibration, jax.random.fold_in(jax.random.key(seed), i), work)
+            data = Data(calibration, labels, jax.random.fold_in(jax.random.key(seed), i), work)
             try:
                 small = METHODS[step["method"]].apply(current, dict(step["options"]), data)
             except ValueError as error:
@@ -207,6 +225,32 @@ def run_recipe(
     report = Report(current, tuple(rows), metric_name)
     _draw(out / "figure.png", report)
     return report
+
+
+def _holds_rows(model: nnx.Module, file: Path) -> bool:
+    table = [suffix for suffix in file.suffixes if suffix != ".gz"][-1:]
+    return model.head_name == "sequence_classification" and bool({*table} & {".jsonl", ".ndjson", ".csv", ".tsv"})
+
+
+def labelled_rows(model: nnx.Module, file: Path, *, samples: int, length: int, seed: int) -> dict[str, np.ndarray]:
+    """The inputs of a classifier of sequences and "labels", for ``samples`` rows of a table drawn without repetition
+    (all, where there are fewer), by the tokenizer of the checkpoint that ``model`` came from.
+
+    Raises ValueError for a file that is no such table, and a label that the model does not have.
+    """
+    if not file.is_file():
+        raise ValueError(f"calibration: {file} does not exist")
+    texts, labels = read_labelled(file)
+    if not texts or labels.max() >= model.config.num_labels:
+        found = "no rows" if not texts else f"the label {labels.max()}"
+        raise ValueError(f"calibration: {file} has {found}; expected labels below {model.config.num_labels}")
+    chosen = np.random.default_rng(seed).permutation(len(texts))[:samples]
+    columns = zip(*(t if isinstance(t, tuple) else (t,) for t in (texts[i] for i in chosen)), strict=True)
+    tokenizer = load_tokenizer(model.source)
+    limits = (length, getattr(model.config, "max_position_embeddings", None), tokenizer.max_length)
+    rows = tokenizer(*map(list, columns), max_length=min(limit for limit in limits if limit is not None))
+    inputs = inspect.signature(type(model).__call__).parameters
+    return {name: array for name, array in rows.items() if name in inputs} | {"labels": labels[chosen]}
 
 
 def _example(model: nnx.Module, calibration: Any) -> dict[str, np.ndarray]:

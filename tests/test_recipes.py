@@ -9,7 +9,7 @@ import pytest
 
 import jaxformers as jf
 from jaxformers import cli, recipes, weights
-from jaxformers.data.tokenizers import train_bpe
+from jaxformers.data.tokenizers import train_bpe, train_wordpiece
 from jaxformers.evaluation import perplexity
 from jaxformers.models import bert, llama
 from jaxformers.recipe_steps import METHODS, Method
@@ -130,6 +130,11 @@ def test_the_command(source, tmp_path, capsys):
         ([{"method": "prune", "by": "wanda", "keep_n": 5, "m": 4}], "prune: keep_n=5, m=4: of every m"),
         ([{"method": "prune", "sparsity": 1.5}], "prune: sparsity=1.5: must be a share"),
         ([{"method": "upcycle_mla"}], "upcycle_mla: d_n is missing"),
+        ([{"method": "vtrans"}], "vtrans: budget is missing"),
+        ([{"method": "vtrans", "budget": {"params": 2}}], "vtrans: budget: the share of params"),
+        ([{"method": "vtrans", "budget": {"params": 0.5}, "steps": 0}], "vtrans: steps: expected 1"),
+        ([{"method": "vtrans", "budget": {"params": 0.5}, "distil": {"tau": 2}}], "distil: no option 'tau'; ce, layer"),
+        ([{"method": "vtrans", "budget": {"params": 0.5}, "distil": "yes"}], "distil: expected true, false or a table"),
         ([{"method": "dequantize", "dtype": "float32"}], "dequantize has no option 'dtype'; it takes none"),
     ],
 )
@@ -156,6 +161,10 @@ def test_files_and_data_that_cannot_be(source, tmp_path):
             calibration=np.ones((2, 8), int),
             evaluation=np.ones((2, 8), int),
         )
+    shrink = {"method": "vtrans", "budget": {"params": 0.5}}
+    with pytest.raises(ValueError, match="step 1, vtrans, trains Bert with head masked_lm; give .* 'labels'"):
+        run_recipe(tmp_path / "bert", [STEPS[1], shrink], tmp_path / "o", calibration=np.ones((2, 8), int))
+    assert not (tmp_path / "o").exists()
     with pytest.raises(ValueError, match="step 0, fusegpt: model: Bert is no decoder"):
         run_recipe(tmp_path / "bert", STEPS[:1], tmp_path / "o", calibration=np.ones((8, 8), int))
 
@@ -166,6 +175,49 @@ def test_pruned_then_packed(source, tmp_path):
     small = run_recipe(source / "model", steps, tmp_path / "o").model
     kernel = np.asarray(small.layers[0].mlp.up.kernel.get_value().dense())
     assert ((kernel.reshape(-1, 4, kernel.shape[1]) == 0).sum(1) >= 2).all()
+
+
+GATES = {"method": "vtrans", "steps": 60, "rate": 1e-3, "mask_rate": 0.3, "lambda_rate": 0.3, "kl_factor": 1e-3,
+         "batch": 8, "miss": 0.3}  # fmt: skip
+
+
+def test_a_language_model_loses_units_then_gets_random_latent_attention(source, tmp_path):
+    steps = [
+        {**GATES, "budget": {"params": 0.8}, "units": ["ffn"], "mode": "faster"},
+        {"method": "upcycle_mla", "d_n": 8, "d_r": 8, "kv_rank": 16, "init": "random"},
+    ]
+    data = {"calibration": source / "text.txt", "samples": 16, "length": 16}
+    report = run_recipe(source / "model", steps, tmp_path / "o", **data)
+    narrow = jf.load(tmp_path / "o" / report.rows[1].directory)
+    widths = [layer.mlp.up.kernel.get_value().shape[1] for layer in narrow.layers]
+    assert sum(widths) < 3 * 64 and report.rows[1].parameters < report.rows[0].parameters
+    for layer in report.model.layers:
+        assert isinstance(layer.attention, jf.nn.LatentAttention)
+        assert np.abs(layer.attention.query.kernel.get_value()).max() <= 32**-0.5  # drawn, not the source's
+
+
+def test_a_classifier_is_pruned_on_labelled_rows_then_packed(tmp_path):
+    words = [f"{'good' if i % 3 else 'bad'} film number {i}" for i in range(24)]
+    tokenizer = train_wordpiece(words, 80, max_length=16)
+    shape = bert.Config(tokenizer.vocab_size, 64, 1, 4, 128, max_position_embeddings=16, num_labels=2)
+    jf.save(jf.init(shape, head="sequence_classification", key=jax.random.key(0)), tmp_path / "m", tokenizer=tokenizer)
+    lines = [json.dumps({"text": text, "label": int(text.startswith("good"))}) for text in words]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    gates = {**GATES, "budget": {"params": 0.4}, "distil": True, "multiple": 32}
+    steps = [gates, {"method": "gptq", "bits": 8, "group_size": -1}]
+    report = run_recipe(tmp_path / "m", steps, tmp_path / "o", calibration=tmp_path / "rows.jsonl", samples=16)
+    source, small, packed = report.rows
+    assert small.parameters < 0.75 * source.parameters and packed.bytes < small.bytes
+
+    model = jf.load(tmp_path / "m")
+    rows = recipes.labelled_rows(model, tmp_path / "rows.jsonl", samples=16, length=4, seed=0)
+    assert set(rows) == {"input_ids", "attention_mask", "token_type_ids", "labels"}
+    assert rows["input_ids"].shape == (16, 4)
+    again = [tokenizer.decode(ids).split()[0] == "good" for ids in rows["input_ids"]]
+    assert again == rows["labels"].astype(bool).tolist() and 0 < sum(again) < 16
+    (tmp_path / "rows.jsonl").write_text('{"text": "good", "label": 2}')
+    with pytest.raises(ValueError, match=r"rows.jsonl has the label 2; expected labels below 2"):
+        run_recipe(tmp_path / "m", steps, tmp_path / "o", calibration=tmp_path / "rows.jsonl")
 
 
 def test_a_metric_of_ones_own(tmp_path):

@@ -154,6 +154,21 @@ def default_loss(model: nnx.Module, data: Mapping[str, Any]) -> Loss:
     )
 
 
+def check_options(budget: Mapping[str, float], units: tuple[str, ...], mode: str) -> tuple[str, float]:
+    """The kind of a budget and the share that stays. Raises ValueError for what :func:`vib_prune` cannot do, whatever
+    the model."""
+    if not isinstance(budget, Mapping) or len(budget) != 1 or set(budget) - {"params", "flops"}:
+        raise ValueError(f"budget: expected {{'params': share}} or {{'flops': share}}, got {budget!r}")
+    ((kind, keep),) = budget.items()
+    if not 0 < keep < 1:
+        raise ValueError(f"budget: the share of {kind} that stays must lie between 0 and 1, got {keep}")
+    if not units or set(units) - set(KINDS):
+        raise ValueError(f"units: expected some of {', '.join(KINDS)}, got {units}")
+    if mode not in ("full", "fast", "faster"):
+        raise ValueError(f"mode: expected full, fast or faster, got {mode!r}")
+    return kind, keep
+
+
 # ---- before --------------------------------------------------------------------------------------------------------
 
 
@@ -164,15 +179,7 @@ def checked(
 
     Shapes will do for ``data``, and an abstract ``model``. Raises ValueError as there.
     """
-    if len(budget) != 1 or set(budget) - {"params", "flops"}:
-        raise ValueError(f"budget: expected {{'params': share}} or {{'flops': share}}, got {dict(budget)}")
-    (kind, keep) = next(iter(budget.items()))
-    if not 0 < keep < 1:
-        raise ValueError(f"budget: the share of {kind} that stays must lie between 0 and 1, got {keep}")
-    if not chosen or set(chosen) - set(KINDS):
-        raise ValueError(f"units: expected some of {', '.join(KINDS)}, got {chosen}")
-    if mode not in ("full", "fast", "faster"):
-        raise ValueError(f"mode: expected full, fast or faster, got {mode!r}")
+    kind, keep = check_options(budget, chosen, mode)
     if getattr(model, "decoder", None) is not None:
         raise ValueError("model: VTrans prunes one stack; an encoder-decoder ties both sides to one residual width")
     if "input_ids" not in data or len(data["input_ids"]) == 0:

@@ -146,6 +146,30 @@ def read_texts(path: str | os.PathLike, field: str = "text", *, max_bytes: int =
     return texts
 
 
+def read_labelled(
+    path: str | os.PathLike, field: str = "text", *, max_bytes: int = MAX_TEXT_BYTES
+) -> tuple[list[str] | list[tuple[str, str]], np.ndarray]:
+    """(texts, labels int32) of a table (see `read_records`): its columns `field` and `label`.
+
+    Where there is a column text2 the texts are pairs. Raises ValueError naming the row for one without these columns,
+    and for a label that is no whole number from 0.
+    """
+    texts, labels, columns = [], [], {}
+    for number, row in enumerate(read_records(path, max_bytes=max_bytes), start=1):
+        columns = columns or dict.fromkeys([field, *(["text2"] if "text2" in row else []), "label"])
+        for name in columns:
+            if name not in row:
+                raise ValueError(f"{path}: row {number} has no {name!r}; it has {', '.join(map(repr, row))}")
+            if name != "label" and not isinstance(row[name], str):
+                raise ValueError(f"{path}: row {number} has the {name} {row[name]!r}; expected a string")
+        label = str(row["label"])
+        if not (label.isascii() and label.isdigit()):
+            raise ValueError(f"{path}: row {number} has the label {row['label']!r}; expected a whole number from 0")
+        texts.append((row[field], row["text2"]) if "text2" in columns else row[field])
+        labels.append(int(label))
+    return texts, np.asarray(labels, np.int32)
+
+
 def wikitext_document(text: str) -> str:
     """WikiText's raw file as the one document that published perplexities tokenize.
 

@@ -18,6 +18,7 @@ from jaxformers.data.text import (
     python_sources,
     random_document_windows,
     random_windows,
+    read_labelled,
     read_records,
     read_text,
     read_texts,
@@ -93,6 +94,27 @@ def test_tsv_has_no_quoting(tmp_path):
         {"sentence": 'he said "no', "label": "1"},
         {"sentence": '"yes', "label": "0"},
     ]
+
+
+def test_texts_and_pairs_with_labels(tmp_path):
+    (tmp_path / "a.tsv").write_text("sentence\tlabel\nfine\t1\npoor\t0\n")
+    rows = '{"text": "a", "text2": "b", "label": 2}', '{"text": "c", "text2": "d", "label": "0"}'
+    (tmp_path / "b.jsonl").write_text("\n".join(rows))
+    texts, labels = read_labelled(tmp_path / "a.tsv", "sentence")
+    assert texts == ["fine", "poor"] and labels.dtype == np.int32 and labels.tolist() == [1, 0]
+    texts, labels = read_labelled(tmp_path / "b.jsonl")
+    assert texts == [("a", "b"), ("c", "d")] and labels.tolist() == [2, 0]
+    for row, message in (
+        ('{"text": "e", "label": 1}', "row 3 has no 'text2'"),
+        ('{"text": "e", "text2": "f", "label": -1}', "row 3 has the label -1; expected a whole number"),
+        ('{"text": "e", "text2": 4, "label": 1}', "row 3 has the text2 4; expected a string"),
+    ):
+        good = (tmp_path / "b.jsonl").read_text()
+        (tmp_path / "c.jsonl").write_text(f"{good}\n{row}")
+        with pytest.raises(ValueError, match=message):
+            read_labelled(tmp_path / "c.jsonl")
+    with pytest.raises(ValueError, match="row 1 has no 'text'; it has 'sentence'"):
+        read_labelled(tmp_path / "a.tsv")
 
 
 def test_text_files(tmp_path):
