@@ -19,6 +19,7 @@ from flax import nnx
 
 from jaxformers import gates, nn, surgery, units, weights
 from jaxformers.compaction_config import as_config
+from jaxformers.residual import at, ends_in_table
 
 FUNCTION = "jaxformers.compaction:abstract_compact"
 
@@ -54,7 +55,7 @@ def compact(model: nnx.Module, masks: gates.Masks, *, uniform: bool = False) -> 
         if kind in masks and not masks[kind][""].any():
             raise ValueError(f"masks[{kind!r}]: all units are masked; a model needs one at least")
     kept, cut = _plan(model, masks, uniform)
-    if units.at(model, "contact_head") is not None and (cut.heads or any("attention" in path for path in cut.removed)):
+    if at(model, "contact_head") is not None and (cut.heads or any("attention" in path for path in cut.removed)):
         raise ValueError("masks: contact_head reads the maps of all heads; load the model with contact_head=False")
     small = _apply(_folded(surgery.copy(model), masks), kept, cut)
     config = as_config(small, cut.blocks)
@@ -215,7 +216,7 @@ def _folded(model: nnx.Module, masks: Mapping[str, dict[str, np.ndarray]]) -> nn
 def _times(model: nnx.Module, path: str, axis: int, units_of: units.Axis, mask: np.ndarray) -> None:
     """Multiply the parameter at ``path``, where there is one, along ``axis``."""
     module, _, leaf = path.rpartition(".")
-    variable = getattr(units.at(model, module), leaf, None)
+    variable = getattr(at(model, module), leaf, None)
     if not isinstance(variable, nnx.Variable) or (mask == 1).all():
         return
     value = np.asarray(variable.get_value())  # by NumPy: each of so many shapes would be compiled for
@@ -232,10 +233,11 @@ def _into_embeddings(model: nnx.Module, mask: np.ndarray, axes: Mapping[str, uni
         inside = path.startswith(f"{last}.") and not (normed and path.startswith("embeddings.patch."))
         if inside and own[-1] is not None and own[-1].kind == "hidden":
             _times(model, path, -1, units.HIDDEN, mask)
-    if units.tied(model) and last == "embeddings" and axes["embeddings.token.embedding"][-1].kind == "hidden":
-        final = "decoder.final_norm" if units.at(model, "decoder") is not None else "final_norm"
+    tied = ends_in_table(at(model, "head"))
+    if tied and last == "embeddings" and axes["embeddings.token.embedding"][-1].kind == "hidden":
+        final = "decoder.final_norm" if at(model, "decoder") is not None else "final_norm"
         final = "head.norm" if isinstance(model.head, nn.MaskedLMHead) else final
-        scalable = getattr(units.at(model, final), "scale", None) is not None
+        scalable = getattr(at(model, final), "scale", None) is not None
         if not scalable and not np.isin(mask, (0, 1)).all():
             raise ValueError(
                 "masks['hidden']: values other than 0 and 1 cannot go into a table that the head is tied to, without a "
@@ -252,7 +254,7 @@ def _apply(model: nnx.Module, kept: Kept, cut: Cut) -> nnx.Module:
     """``model`` (changed in place) with the units ``kept``, without what ``cut`` removes."""
     for path, own in units.axes(model).items():
         module, _, leaf = path.rpartition(".")
-        variable = getattr(units.at(model, module), leaf)
+        variable = getattr(at(model, module), leaf)
         value = variable.get_value()
         for axis, what in enumerate(own):
             if what is not None and (what.kind, what.name) in kept:
@@ -269,7 +271,7 @@ def _apply(model: nnx.Module, kept: Kept, cut: Cut) -> nnx.Module:
         _remove(model, path, has_bias)
     for stack, which in cut.blocks.items():
         parent, _, name = stack.rpartition(".")
-        owner, layers = units.at(model, parent) if parent else model, units.at(model, stack)
+        owner, layers = at(model, parent) if parent else model, at(model, stack)
         shallower = nn.Layers([layers[i] for i in which])
         shallower.remat = layers.remat
         setattr(owner, name, shallower)
@@ -279,7 +281,7 @@ def _apply(model: nnx.Module, kept: Kept, cut: Cut) -> nnx.Module:
 def _fewer_heads(model: nnx.Module, path: str, attention: Any, which: np.ndarray) -> None:
     query, shared = units.head_blocks(attention)
     group = query // attention.size
-    stack = units.at(model, path.rpartition("layers.")[0].rstrip("."))
+    stack = at(model, path.rpartition("layers.")[0].rstrip("."))
     shared_bias = any(getattr(stack, name, None) is not None for name in ("relative_bias", "relative"))
     if path.endswith(".attention") and shared_bias and isinstance(attention, nn.Attention):
         own = attention.bias_heads or tuple(range(attention.heads))
@@ -292,7 +294,7 @@ def _fewer_heads(model: nnx.Module, path: str, attention: Any, which: np.ndarray
 def _remove(model: nnx.Module, path: str, has_bias: bool) -> None:
     """Put nothing, or the bias alone, in the place of a sub-layer. A pre-norm block's norm goes with it."""
     where, _, name = path.rpartition(".")
-    block = units.at(model, where)
+    block = at(model, where)
     last = getattr(getattr(block, name), units.LAST[name])
     width = last.bias.get_value().shape[0] if has_bias else None
     empty = nn.NoMLP(width) if name == "mlp" else nn.NoAttention(width)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from jaxformers import models, surgery, units
 from jaxformers.nn.keys import Keys
+from jaxformers.residual import at
 
 
 def as_config(small: nnx.Module, blocks: Mapping[str, Sequence[int]]) -> Any | None:
@@ -17,8 +18,8 @@ def as_config(small: nnx.Module, blocks: Mapping[str, Sequence[int]]) -> Any | N
     sizes, heads = units.units(small), [module for _, module in units.attentions(small)]
     hidden, inner = sizes.get("hidden"), _one(sizes.get("ffn", {}).values())
     say = {
-        "num_hidden_layers": len(units.at(small, "encoder.layers") or units.at(small, "layers") or ()),
-        "num_decoder_layers": len(units.at(small, "decoder.layers") or ()) or None,
+        "num_hidden_layers": len(at(small, "encoder.layers") or at(small, "layers") or ()),
+        "num_decoder_layers": len(at(small, "decoder.layers") or ()) or None,
         "hidden_size": hidden,
         "embedding_size": sizes.get("embeddings", hidden),
         "intermediate_size": inner,

@@ -34,7 +34,8 @@ from flax import nnx
 
 from jaxformers import sites
 from jaxformers.atomic import write_bytes_atomic
-from jaxformers.units import KINDS, at, axes, bridge, last_path, norms, units
+from jaxformers.residual import at
+from jaxformers.units import KINDS, axes, bridge, last_path, norms, units
 
 __all__ = ["KINDS", "Place", "check", "gated", "kept", "multiply", "ones", "places", "read", "units", "write"]
 

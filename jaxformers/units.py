@@ -13,6 +13,7 @@ from flax import nnx
 
 from jaxformers import nn, paths
 from jaxformers import residual as residuals
+from jaxformers.residual import at, ends_in_table
 
 KINDS = ("heads", "ffn", "sublayers", "hidden", "embeddings")
 PROJECTIONS = ("query", "key", "value", "out")
@@ -162,13 +163,6 @@ def flat_state(model: nnx.Module) -> dict[str, Any]:
     return paths.flatten(nnx.to_pure_dict(nnx.state(model)))
 
 
-def at(model: nnx.Module, path: str) -> Any:
-    """The submodule at a dotted path; None where there is none."""
-    for name in path.split(".") if path else ():
-        model = getattr(model, name, None)
-    return model
-
-
 # ---- kinds: the sizes, or why there are none -----------------------------------------------------------------------
 
 
@@ -262,14 +256,8 @@ def _columns_of(model: nnx.Module) -> list[tuple[str, int]]:
     inner = ["token"] if narrow.endswith("project") else ["token", "position", "token_type"]
     found = [(f"embeddings.{name}.embedding", -1) for name in inner] + [(f"{narrow}.kernel", -2)]
     found += [(f"embeddings.norm.{leaf}", -1) for leaf in ("scale", "bias") if narrow.endswith("widen")]
-    if tied(model):  # what ends in the table ends in its columns
+    if ends_in_table(at(model, "head")):  # what ends in the table ends in its columns
         behind = "project_out" if getattr(model, "project_out", None) is not None else "head.dense"
         found += [(f"{behind}.{leaf}", -1) for leaf in ("kernel", "bias")]
         found += [(f"head.norm.{leaf}", -1) for leaf in ("scale", "bias")]
     return found
-
-
-def tied(model: nnx.Module) -> bool:
-    """Does the head end in the token table?"""
-    head = getattr(model, "head", None)
-    return isinstance(head, nn.MaskedLMHead | nn.CausalLMHead) and head.decoder is None
