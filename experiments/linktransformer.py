@@ -39,43 +39,51 @@ from jaxformers.tasks.linktransformer_train import LinkTrainingArgs, fit_linkage
 
 
 @dataclasses.dataclass(frozen=True)
+class Training:
+    """Fields of `LinkTrainingArgs`."""
+
+    num_epochs: int = 5
+    train_batch_size: int = 32
+    learning_rate: float = 1e-4
+    warm_up_perc: float = 0.1
+    temperature: float = 0.07
+    interpolation: float = 1.0
+    max_length: int | None = 128
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
+    """`questions`: how banking77's are trained on. `data`: a directory that holds er_magellan_small/ and
+    banking77_small/."""
+
     tasks: tuple[str, ...] = ("itunes", "banking77", "known", "methods")
     model: str | None = "all-MiniLM-L6-v2"
     """a name or directory; None is a tiny encoder with random weights"""
     seeds: int = 3
-    num_epochs: int = 12
-    train_batch_size: int = 204
-    learning_rate: float = 1e-4
-    warm_up_perc: float = 0.1
-    temperature: float = 0.1
-    interpolation: float = 0.5
-    max_length: int | None = 128
+    training: Training = Training()
+    questions: Training = Training(
+        num_epochs=12, train_batch_size=204, temperature=0.1, interpolation=0.5, max_length=32
+    )
     texts_per_intent: int = 8
-    question_length: int | None = 32
-    """tokens that questions of banking77 are cut to"""
     data: Path | None = None
-    """directory that holds er_magellan_small/ and banking77_small/"""
     table: Path | None = None
     left: str = "left"
     right: str = "right"
 
 
 PRESETS = {
-    "smoke": Config(tasks=("methods",), model=None, seeds=1, num_epochs=2, train_batch_size=16, max_length=32),
+    "smoke": Config(
+        tasks=("methods",), model=None, seeds=1, training=Training(num_epochs=2, train_batch_size=16, max_length=32)
+    ),
     "small": Config(),
     # the published alias models: multilingual MPNet, 70 epochs over Wikidata company aliases (give them as --table)
     "paper": Config(
         tasks=("table",),
         model="sentence-transformers/paraphrase-multilingual-mpnet-base-v2",
         seeds=1,
-        num_epochs=70,
-        train_batch_size=64,
-        learning_rate=2e-5,
-        warm_up_perc=1.0,
-        temperature=0.07,
-        interpolation=1.0,
-        max_length=None,
+        training=Training(
+            num_epochs=70, train_batch_size=64, learning_rate=2e-5, warm_up_perc=1.0, max_length=None
+        ),
     ),
 }
 
@@ -88,12 +96,8 @@ def run(config: Config, out: Path) -> dict:
             for seed in range(config.seeds):
                 split = TASKS[task](config, seed)
                 model, tokenizer = _encoder(config, split)
-                args = LinkTrainingArgs(
-                    num_epochs=config.num_epochs, train_batch_size=config.train_batch_size,
-                    learning_rate=config.learning_rate, warm_up_perc=config.warm_up_perc,
-                    temperature=config.temperature, interpolation=config.interpolation, seed=seed,
-                    max_length=config.question_length if task in ("banking77", "known") else config.max_length,
-                )  # fmt: skip
+                settings = config.questions if task in ("banking77", "known") else config.training
+                args = LinkTrainingArgs(**dataclasses.asdict(settings), seed=seed)
                 _, evaluation = fit_linkage(model, tokenizer, split, args)
                 scores["trigram TF-IDF"].append(split.val.score(tfidf([*split.val.queries, *split.val.corpus])))
                 scores["zero-shot"].append(evaluation["before"])
@@ -249,13 +253,14 @@ def step(config: Config, mesh):
     hf = config_dict(config.model)
     arch = models.architecture(hf["model_type"])
     apply, params = abstract(arch, arch.Config.from_hf(hf), "sentence", scan_layers=True)
-    length = config.max_length or 128  # what sentence-transformers cuts this model's texts to
-    ids = Array((config.train_batch_size, length), np.int32)
+    settings = config.training
+    length = settings.max_length or 128  # what sentence-transformers cuts this model's texts to
+    ids = Array((settings.train_batch_size, length), np.int32)
     batch = {"inputs": {"input_ids": ids, "attention_mask": ids}, "labels": Array(ids.shape[:1], np.int32)}
-    args = LinkTrainingArgs(temperature=config.temperature, train_batch_size=config.train_batch_size)
-    settings = train.TrainConfig(steps=1000, optim=train.OptimConfig(learning_rate=config.learning_rate))
-    name = f"linktransformer, {config.model}, {config.train_batch_size} texts of {length} tokens"
-    return train_step(name, group_objective(args), constrained(apply, mesh), params, batch, settings, mesh)
+    args = LinkTrainingArgs(temperature=settings.temperature, train_batch_size=settings.train_batch_size)
+    schedule = train.TrainConfig(steps=1000, optim=train.OptimConfig(learning_rate=settings.learning_rate))
+    name = f"linktransformer, {config.model}, {settings.train_batch_size} texts of {length} tokens"
+    return train_step(name, group_objective(args), constrained(apply, mesh), params, batch, schedule, mesh)
 
 
 if __name__ == "__main__":

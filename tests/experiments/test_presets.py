@@ -1,5 +1,7 @@
 """The `paper` presets: they can be chosen, and their sizes fit the models of the papers, without any weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -91,12 +93,9 @@ def test_linktransformer():
     config = linktransformer.PRESETS["paper"]
     model = abstract(roberta(12, 768, 12, vocab=250002), head="sentence")  # multilingual MPNet is an XLM-R
     apply, params = jf.functional(model)
-    args = LinkTrainingArgs(
-        num_epochs=config.num_epochs, train_batch_size=config.train_batch_size, learning_rate=config.learning_rate,
-        warm_up_perc=config.warm_up_perc, temperature=config.temperature, max_length=config.max_length,
-    )  # fmt: skip
-    labels = jax.ShapeDtypeStruct((config.train_batch_size,), jnp.int32)
-    batch = {"inputs": texts(config.train_batch_size, 128), "labels": labels}
+    args = LinkTrainingArgs(**dataclasses.asdict(config.training))
+    labels = jax.ShapeDtypeStruct((args.train_batch_size,), jnp.int32)
+    batch = {"inputs": texts(args.train_batch_size, 128), "labels": labels}
     objective = group_objective(args)
     loss = jax.eval_shape(lambda p, b, k: objective(apply, p, b, k)[0], params, batch, KEY)
     assert loss.shape == ()
