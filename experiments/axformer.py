@@ -13,7 +13,6 @@ is this line of code?).
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,15 @@ import numpy as np
 from flax import nnx
 
 import jaxformers as jf
-from experiments import common
+from experiments import common, sentences
+from experiments.sentences import Texts
 from jaxformers.compress import axformer
 from jaxformers.compress.axformer_report import Row, report
 from jaxformers.data.batches import array_batches
-from jaxformers.data.text import python_sources, read_records
-from jaxformers.data.tokenizers import Tokenizer, load_tokenizer, train_wordpiece
-from jaxformers.models import bert
-from jaxformers.train import OptimConfig, TrainConfig, fit
+from jaxformers.data.tokenizers import Tokenizer, train_wordpiece
+from jaxformers.train import OptimConfig, TrainConfig
 
-PARTS = ("train", "val", "test")
+PACKAGES = ("asyncio", "email", "xml", "multiprocessing")  # where there are no sentences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,26 +65,24 @@ PRESETS = {
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """Three rows a seed; written to `metrics.jsonl` as they come, with the log of each search beside."""
-    texts = sentences(config)
+    texts = sentences.parted_texts(config.data, config.rows, PACKAGES)
     rows: list[dict[str, Any]] = []
     found = []
     for seed in range(config.seeds):
         start, tokenizer = beginning(config, texts, seed)
-        data = {part: encoded(config, tokenizer, *texts[part]) for part in PARTS}
-        model = fit(
-            objective, start, batches(config, data["train"], seed), training(config), key=jax.random.key(seed)
-        ).model
+        data = {part: sentences.encoded(tokenizer, texts[part], config.length, padded=False) for part in texts}
+        key = jax.random.key(seed)
+        model = sentences.trained(start, data["train"], config.batch, training(config), key=key, seed=seed)
         special = axformer.specialise(
             model, data["val"], test=data["test"], elements=config.elements, k=config.k, group_size=config.group,
             budget=config.budget, log=out / f"search-{seed}.jsonl",
         )  # fmt: skip
-        again = axformer.retrain(
-            start, special.structure, batches(config, data["train"], seed), training(config), key=jax.random.key(seed)
-        ).model
+        same = array_batches(data["train"], config.batch, seed=seed)
+        again = axformer.retrain(start, special.structure, same, training(config), key=key).model
         told = report(model, special.model, data["val"], data["test"])
         anew = report(model, again, data["val"], data["test"], repeats=1).after
         for way, row in (("trained", told.before), ("specialised", told.after), ("trained anew", anew)):
-            record(out, rows, {"seed": seed, "way": way, **flat(row)})
+            common.record(out, rows, {"seed": seed, "way": way, **flat(row)})
         found.append({"seed": seed, "evaluations": special.evaluations, "structure": special.structure.to_json(),
                       "constant": special.constant})  # fmt: skip
         special.structure.save(out / f"structure-{seed}.json")
@@ -104,12 +100,6 @@ def flat(row: Row) -> dict[str, float]:
     }  # fmt: skip
 
 
-def record(out: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
-    rows.append(row)
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(common.plain(row)) + "\n")
-
-
 def show(rows: list[dict[str, Any]]) -> None:
     """The table: mean and deviation over seeds."""
     ways, columns = dict.fromkeys(r["way"] for r in rows), [c for c in rows[0] if c not in ("seed", "way")]
@@ -123,80 +113,21 @@ def draw(fig: Any, rows: list[dict[str, Any]]) -> None:
         common.bars(axis, {way: [r[column] for r in rows if r["way"] == way] for way in ways}, column)
 
 
-Texts = tuple[list[Any], np.ndarray]  # sentences, or pairs of them, and their labels
-
-
-def sentences(config: Config) -> dict[str, Texts]:
-    root = common.shared_data("sentiment_sentences", config.data)
-    if root is None:
-        return lines_of_code(config)
-    parts = {}
-    for part in PARTS:
-        names = [f"{part}.{kind}{gz}" for kind in ("jsonl", "tsv", "csv") for gz in ("", ".gz")]
-        file = next((root / name for name in names if (root / name).exists()), None)
-        if file is None:
-            raise ValueError(f"data: {root} has no {part}.jsonl, .tsv or .csv; train, val and test are needed")
-        records = read_records(file)[: config.rows]
-        if not records or not {"text", "label"} <= records[0].keys():
-            raise ValueError(f"data: {file} has no rows with text and label")
-        texts = [(r["text"], r["text2"]) if "text2" in r else r["text"] for r in records]
-        parts[part] = texts, np.asarray([int(r["label"]) for r in records], np.int32)
-    return parts
-
-
-def lines_of_code(config: Config) -> dict[str, Texts]:
-    """Lines of four packages of Python's standard library; their number is the label."""
-    packages, lines, labels = ("asyncio", "email", "xml", "multiprocessing"), [], []
-    for name, source in python_sources().items():
-        package = name.split("/")[0]
-        if package in packages:
-            kept = [line.strip() for line in source.splitlines() if len(line.split()) > 3]
-            lines += kept
-            labels += [packages.index(package)] * len(kept)
-    order = np.random.default_rng(0).permutation(len(lines))
-    cuts = np.cumsum([0, *(min(n, config.rows or n) for n in (2000, 500, 500))])
-    parts = {part: order[a:b] for part, a, b in zip(PARTS, cuts, cuts[1:], strict=False)}
-    return {part: ([lines[i] for i in o], np.asarray(labels, np.int32)[o]) for part, o in parts.items()}
-
-
 def beginning(config: Config, texts: dict[str, Texts], seed: int) -> tuple[nnx.Module, Tokenizer]:
     """The model before it is fine-tuned, and its tokenizer."""
     labels = int(max(y.max() for _, y in texts.values())) + 1
     key = jax.random.key(seed)
     if config.model is not None:
-        model = jf.load(config.model, head="sequence_classification", key=key, num_labels=labels)
-        return model, load_tokenizer(model.source)
+        return common.pretrained(config.model, head="sequence_classification", key=key, num_labels=labels)
     plain = [t for item in texts["train"][0] for t in ([item] if isinstance(item, str) else item)]
     tokenizer = train_wordpiece(plain, config.vocab, max_length=config.length)
-    size = bert.Config(
-        tokenizer.vocab_size, config.width, config.layers, config.heads, 4 * config.width,
-        max_position_embeddings=config.length, hidden_dropout_prob=config.dropout,
-        attention_probs_dropout_prob=config.dropout, num_labels=labels,
-    )  # fmt: skip
-    return jf.init(size, head="sequence_classification", key=key), tokenizer
-
-
-def encoded(config: Config, tokenizer: Tokenizer, texts: list[Any], labels: np.ndarray) -> dict[str, np.ndarray]:
-    if isinstance(texts[0], tuple):
-        first, second = zip(*texts, strict=True)
-        batch = tokenizer(list(first), list(second), max_length=config.length)
-    else:
-        batch = tokenizer(texts, max_length=config.length)
-    return {**batch, "labels": labels}
-
-
-def batches(config: Config, data: dict[str, np.ndarray], seed: int) -> Any:
-    return array_batches(data, config.batch, seed=seed)
+    sizes = {name: getattr(config, name) for name in ("width", "layers", "heads", "length", "dropout")}
+    return sentences.new_classifier(tokenizer, labels, **sizes, key=key), tokenizer
 
 
 def training(config: Config) -> TrainConfig:
     optim = OptimConfig(learning_rate=config.rate, schedule="linear")
     return TrainConfig(steps=config.steps, optim=optim, log_every=max(1, config.steps // 10))
-
-
-def objective(apply: Any, params: Any, batch: Any, key: Any) -> tuple[jax.Array, dict[str, Any]]:
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return axformer.sample_losses(apply(params, inputs, rngs=key), batch).mean(), {}
 
 
 def step(config: Config, mesh: Any) -> Any:

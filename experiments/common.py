@@ -23,11 +23,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import tyro
+from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+import jaxformers as jf
 from jaxformers.atomic import write_json_atomic
 from jaxformers.compilation import enable_cache
+from jaxformers.data.tokenizers import Tokenizer, load_tokenizer
 from jaxformers.extras import require
 
 Config = TypeVar("Config")
@@ -148,6 +151,19 @@ def run_directory(system: str, base: str | Path | None = None) -> Path:
             continue
         return path
     raise ValueError(f"{parent}: a thousand runs in one second")
+
+
+def pretrained(model: str, **changes: Any) -> tuple[nnx.Module, Tokenizer]:
+    """A checkpoint and its tokenizer; ``changes`` as for `jaxformers.load`."""
+    loaded = jf.load(model, **changes)
+    return loaded, load_tokenizer(loaded.source)
+
+
+def record(out: Path, rows: list[dict[str, Any]], row: Mapping[str, Any]) -> None:
+    """Append ``row`` to ``rows`` and, as a line, to `metrics.jsonl` in ``out``: what was measured outlives a crash."""
+    rows.append(dict(row))
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(plain(row)) + "\n")
 
 
 def shared_data(name: str, given: str | Path | None = None) -> Path | None:

@@ -30,7 +30,6 @@ from jaxformers.compress import sparsity_curve
 from jaxformers.compress.essential_sparsity import prunable, prune
 from jaxformers.compress.sparsity_curve import Curve, lottery_ticket, mask_similarity, sparsity_sweep
 from jaxformers.data import batches, text
-from jaxformers.data.tokenizers import load_tokenizer
 from jaxformers.mesh import constrained
 from jaxformers.train import OptimConfig, TrainConfig, fit
 
@@ -103,8 +102,7 @@ def materials(config: Config) -> tuple[nnx.Module, np.ndarray, np.ndarray]:
     """(model, token ids to calibrate and tune on, token ids to evaluate on)."""
     train, test = language.corpus(config.data, config.test)
     if config.model is not None:
-        model = jf.load(config.model)
-        tokenizer = load_tokenizer(model.source)
+        model, tokenizer = common.pretrained(config.model)
         return model, language.stream(train, tokenizer), language.stream(test, tokenizer)
     shared = common.shared_data("wikitext2_small")
     byte_lm = None if shared is None else shared.parent.parent / "oracles" / "gptq" / "trained_byte_lm"

@@ -14,7 +14,6 @@ values of the coefficients and the layers that are removed at random.
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from experiments import common, language
 from jaxformers.compress.depth import block_influence, macro_influence, remove_layers
 from jaxformers.compress.fusegpt import FuseConfig, fuse_layers
 from jaxformers.data import text
-from jaxformers.data.tokenizers import load_tokenizer
 from jaxformers.evaluation import perplexity
 
 
@@ -92,8 +90,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     """One row for each seed and way; written to `metrics.jsonl` as they come."""
     train_texts, test_texts = language.corpus(config.data, config.test)
     if config.model is not None:
-        model = jf.load(config.model)
-        tokenizer = load_tokenizer(model.source)
+        model, tokenizer = common.pretrained(config.model)
     else:
         names = ("vocab", "width", "layers", "heads", "mlp", "length", "steps")
         model, tokenizer = language.trained(train_texts, **{name: getattr(config, name) for name in names})
@@ -105,9 +102,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
 
     def record(seed: int, way: str, small: Any, removed: Any = ()) -> None:
         found = {"seed": seed, "way": way, "perplexity": perplexity(small, windows, config.length)}
-        rows.append(found | {"removed": [int(i) for i in removed]})
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
+        common.record(out, rows, found | {"removed": [int(i) for i in removed]})
 
     for seed in range(config.seeds):
         calibration = text.random_windows(stream, config.samples, config.length, seed=seed)

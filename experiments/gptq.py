@@ -13,7 +13,6 @@ whole files held out).
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import jaxformers as jf
 from experiments import common, language
 from jaxformers.compress.gptq import gptq
 from jaxformers.data import text
-from jaxformers.data.tokenizers import Tokenizer, load_tokenizer
+from jaxformers.data.tokenizers import Tokenizer
 from jaxformers.evaluation import perplexity
 
 
@@ -71,44 +70,30 @@ def ways(config: Config) -> dict[str, dict[str, Any]]:
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     """One row for each seed, number of bits and way; written to `metrics.jsonl` as they come."""
-    train_text, test_text = corpus(config)
+    train_text, test_text = language.corpus(config.data, config.test)
     rows: list[dict[str, Any]] = []
     for seed in range(config.seeds):
-        model, tokenizer = pretrained(config) if config.model is not None else trained(config, train_text, seed)
+        model, tokenizer = start(config, train_text, seed)
         train_ids, test_ids = (language.stream(texts, tokenizer) for texts in (train_text, test_text))
         windows = text.windows(test_ids, config.length)[: config.windows]
         calibration = text.random_windows(train_ids, config.samples, config.length, seed=seed)
         dense = perplexity(model, windows, config.length)
-        record(out, rows, {"seed": seed, "bits": 32, "way": "dense", "perplexity": dense})
+        common.record(out, rows, {"seed": seed, "bits": 32, "way": "dense", "perplexity": dense})
         for bits in config.bits:
             for way, options in ways(config).items():
                 small = gptq(model, calibration, bits=bits, **options)
                 found = perplexity(small, windows, config.length)
-                record(out, rows, {"seed": seed, "bits": bits, "way": way, "perplexity": found})
+                common.record(out, rows, {"seed": seed, "bits": bits, "way": way, "perplexity": found})
         if seed == 0:
             jf.save(gptq(model, calibration, bits=4, group_size=config.group), out / "model-4bit", tokenizer=tokenizer)
     report(config, rows, out)
     return {"rows": rows, "excess removed": removed(config, rows)}
 
 
-def record(out: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
-    rows.append(row)
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(common.plain(row)) + "\n")
-
-
-def corpus(config: Config) -> tuple[list[str], list[str]]:
-    """(texts to train and calibrate on, texts to evaluate on)."""
-    return language.corpus(config.data, config.test)
-
-
-def pretrained(config: Config) -> tuple[nnx.Module, Tokenizer]:
-    model = jf.load(config.model)
-    return model, load_tokenizer(model.source)
-
-
-def trained(config: Config, texts: list[str], seed: int) -> tuple[nnx.Module, Tokenizer]:
-    """A llama trained on ``texts`` from nothing, with a BPE vocabulary of theirs."""
+def start(config: Config, texts: list[str], seed: int) -> tuple[nnx.Module, Tokenizer]:
+    """The model to quantise: the one that is named, or a llama trained on ``texts``; and its tokenizer."""
+    if config.model is not None:
+        return common.pretrained(config.model)
     names = ("vocab", "width", "layers", "heads", "mlp", "length", "batch", "steps", "rate")
     return language.trained(texts, seed=seed, **{name: getattr(config, name) for name in names})
 

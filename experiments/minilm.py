@@ -15,7 +15,6 @@ from which package of the standard library is this line of code?).
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -116,17 +115,12 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     training, heldout = batches(config, teacher, tokenizer, train_texts, heldout_texts, list(variants.values()))
     rows, curves = [], {}
 
-    def note(record: dict[str, Any]) -> None:
-        rows.append(record)
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-
     probe_teacher = probe(teacher, tokenizer, probe_data, config.length)
     for seed in range(config.seeds):
         key = jax.random.key(seed)
         untrained = student_model(teacher, size, jax.random.split(key, (1, 2))[0][0])  # as `distil` begins
         accuracy = probe(untrained, tokenizer, probe_data, config.length)
-        note({"student": "random", "seed": seed, "probe": accuracy})
+        common.record(out, rows, {"student": "random", "seed": seed, "probe": accuracy})
         for name, loss in variants.items():
             train = TrainConfig(
                 steps=config.steps,
@@ -143,7 +137,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
             curves.setdefault(name, []).append(held)
             accuracy = probe(done.student, tokenizer, probe_data, config.length)
             values = [v for _, v in held]
-            note({
+            common.record(out, rows, {
                 "student": name, "seed": seed, "probe": accuracy, "held-out KL at start": values[0],
                 "held-out KL": values[-1], "falls monotonically": bool((np.diff(values) < 0).all()),
             })  # fmt: skip

@@ -1,12 +1,24 @@
-"""Short texts with labels, for the experiments that compare classifiers."""
+"""Short texts with labels, and classifiers of them, for the experiments that compare classifiers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 
+import jaxformers as jf
 from experiments import common
-from jaxformers.data.text import python_sources, read_records
+from jaxformers.data.batches import array_batches
+from jaxformers.data.text import python_sources, read_labelled
+from jaxformers.data.tokenizers import Tokenizer
+from jaxformers.losses import cross_entropy
+from jaxformers.models import bert
+from jaxformers.train import TrainConfig, fit
+
+PARTS = ("train", "val", "test")
+Texts = tuple[Sequence[Any], np.ndarray]  # texts, or pairs of them, and their labels
 
 
 def labelled_texts(given: Path | None, rows: int) -> dict[str, Any]:
@@ -17,14 +29,34 @@ def labelled_texts(given: Path | None, rows: int) -> dict[str, Any]:
     """
     root = common.shared_data("sst2_small", given)
     if root is not None:
-        parts = {}
-        for part in ("train", "dev"):
-            file = next(f for f in (root / f"{part}.tsv.gz", root / f"{part}.tsv") if f.exists())
-            records = read_records(file)[:rows]
-            parts[part] = [r["sentence"] for r in records], np.array([int(r["label"]) for r in records])
-        return {"task": "SST-2", **parts}
+        found = {part: _read(root, part, ("tsv",), "sentence") for part in ("train", "dev")}
+        return {"task": "SST-2", **{part: _first(texts, rows) for part, texts in found.items()}}
+    lines, labels = lines_of_code("asyncio", "email", "tkinter", "xml", "multiprocessing", "distutils")
+    cut = min(len(lines) * 9 // 10, rows)
+    end = cut + min(cut, 2000)
+    parts = {"train": (lines[:cut], labels[:cut]), "dev": (lines[cut:end], labels[cut:end])}
+    return {"task": "package of a line of code", **parts}
+
+
+def parted_texts(given: Path | None, rows: int | None, packages: Sequence[str]) -> dict[str, Texts]:
+    """{"train", "val", "test": (texts, labels)}, `rows` of each at most (None: all).
+
+    `given`: a directory with these as .jsonl, .tsv or .csv (.gz allowed), text (text2 for pairs) and label; by default
+    sentiment_sentences beside the repository, else: from which of the `packages` is this line of code?
+    """
+    root = common.shared_data("sentiment_sentences", given)
+    if root is not None:
+        found = {part: _read(root, part, ("jsonl", "tsv", "csv"), "text") for part in PARTS}
+    else:
+        lines, labels = lines_of_code(*packages)
+        ends = {"train": (0, 2000), "val": (2000, 2500), "test": (2500, 3000)}
+        found = {part: (lines[a:b], labels[a:b]) for part, (a, b) in ends.items()}
+    return {part: _first(texts, rows) for part, texts in found.items()}
+
+
+def lines_of_code(*packages: str) -> tuple[list[str], np.ndarray]:
+    """Lines of these packages of Python's standard library, shuffled; a package's number is the label."""
     lines, labels = [], []
-    packages = ("asyncio", "email", "tkinter", "xml", "multiprocessing", "distutils")
     for name, source in python_sources().items():
         package = name.split("/")[0]
         if package in packages:
@@ -32,8 +64,69 @@ def labelled_texts(given: Path | None, rows: int) -> dict[str, Any]:
             lines += kept
             labels += [packages.index(package)] * len(kept)
     order = np.random.default_rng(0).permutation(len(lines))
-    lines, labels = [lines[i] for i in order], np.array(labels)[order]
-    cut = min(len(lines) * 9 // 10, rows)
-    end = cut + min(cut, 2000)
-    parts = {"train": (lines[:cut], labels[:cut]), "dev": (lines[cut:end], labels[cut:end])}
-    return {"task": "package of a line of code", **parts}
+    return [lines[i] for i in order], np.asarray(labels, np.int32)[order]
+
+
+def encoded(tokenizer: Tokenizer, part: Texts, length: int, *, padded: bool = True) -> dict[str, np.ndarray]:
+    """Rows of tokens and "labels": of `length` tokens each, or where not `padded` of as many as the longest has."""
+    texts, labels = part
+    columns = zip(*texts, strict=True) if isinstance(texts[0], tuple) else (texts,)
+    rows = tokenizer(*map(list, columns), max_length=length, buckets=(length,) if padded else None)
+    return {**rows, "labels": labels}
+
+
+# ---- classifiers ---------------------------------------------------------------------------------------------------
+
+
+def new_classifier(
+    tokenizer: Tokenizer, labels: int, *, width: int, layers: int, heads: int, length: int, inner: int | None = None,
+    dropout: float = 0.1, attention_dropout: float | None = None, key: jax.Array,
+) -> nnx.Module:  # fmt: skip
+    """A BERT of random weights; by default with four times its width inside, and the same dropout everywhere."""
+    size = bert.Config(
+        tokenizer.vocab_size, width, layers, heads, 4 * width if inner is None else inner, num_labels=labels,
+        max_position_embeddings=length, hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout if attention_dropout is None else attention_dropout,
+    )  # fmt: skip
+    return jf.init(size, head="sequence_classification", key=key)
+
+
+def label_loss(apply: Any, params: Any, batch: Any, key: Any) -> tuple[jax.Array, dict[str, Any]]:
+    """The objective of classification."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return cross_entropy(apply(params, inputs, rngs=key).logits, batch["labels"]), {}
+
+
+def trained(
+    model: nnx.Module, rows: dict[str, np.ndarray], batch: int, config: TrainConfig, *, key: jax.Array, seed: int = 0
+) -> nnx.Module:
+    """``model`` trained on labelled rows; ``seed``: of their order."""
+    data = array_batches(rows, min(batch, len(rows["labels"])), seed=seed)
+    return fit(label_loss, model, data, config, key=key).model
+
+
+def accuracy(model: nnx.Module, rows: dict[str, np.ndarray], batch: int) -> float:
+    """Share of rows whose largest logit is their label's. Where a model rounds its activations the batch's size counts:
+    its rows share a scale."""
+    apply, params = jf.functional(model)
+    predict = jax.jit(lambda params, batch: apply(params, batch).logits.argmax(-1))
+    n, hits = len(rows["labels"]), 0
+    for start in range(0, n, batch):
+        part = {name: x[start : start + batch] for name, x in rows.items() if name != "labels"}
+        hits += int((np.asarray(predict(params, part)) == rows["labels"][start : start + batch]).sum())
+    return hits / n
+
+
+def _read(root: Path, part: str, kinds: Sequence[str], field: str) -> Texts:
+    names = [f"{part}.{kind}{gz}" for kind in kinds for gz in ("", ".gz")]
+    file = next((root / name for name in names if (root / name).exists()), None)
+    if file is None:
+        raise ValueError(f"data: {root} has none of {', '.join(names)}")
+    found = read_labelled(file, field)
+    if not found[0]:
+        raise ValueError(f"data: {file} has no rows")
+    return found
+
+
+def _first(part: Texts, rows: int | None) -> Texts:
+    return part[0][:rows], part[1][:rows]

@@ -21,7 +21,6 @@ the repository; else the standard library's modules are the authors, and the thi
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,9 +108,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     results = []
 
     def judge(name: str, seed: int, encode: Callable) -> None:
-        results.append({"encoder": name, "seed": seed, **judged(config, tests, encode, seed)})
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(results[-1]) + "\n")
+        common.record(out, results, {"encoder": name, "seed": seed, **judged(config, tests, encode, seed)})
 
     judge("character trigrams", 0, lookup(tfidf(support, texts, analyzer="char", ngram_range=(3, 3)), texts))
     judge("words", 0, lookup(tfidf(support, texts), texts))

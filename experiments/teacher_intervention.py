@@ -14,7 +14,6 @@ None trains one of the sizes below.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxformers as jf
-from experiments import common
-from experiments.sentences import labelled_texts
-from jaxformers import losses
+from experiments import common, sentences
+from experiments.sentences import accuracy, encoded
 from jaxformers.compress.teacher_intervention import TIConfig, ternary_kernels, ti_objective
 from jaxformers.compress.teacher_intervention_qat import PAPER, qat
-from jaxformers.data.batches import array_batches
-from jaxformers.data.tokenizers import load_tokenizer, train_wordpiece
-from jaxformers.models import bert
-from jaxformers.train import OptimConfig, TrainConfig, fit
+from jaxformers.data.tokenizers import train_wordpiece
+from jaxformers.train import OptimConfig, TrainConfig
 from jaxformers.weights import fake_quantise
 
 
@@ -76,17 +72,14 @@ PRESETS = {
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
-    data = labelled_texts(config.data, config.rows)
+    data = sentences.labelled_texts(config.data, config.rows)
     if config.teacher is not None:
         rates = {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
-        teacher = jf.load(config.teacher, **rates)
-        tokenizer = load_tokenizer(teacher.source)
+        teacher, tokenizer = common.pretrained(config.teacher, **rates)
     else:
         tokenizer = train_wordpiece(data["train"][0], config.vocab, max_length=config.length)
-        teacher = trained_teacher(
-            config, rows_of(config, tokenizer, data["train"]), tokenizer, int(data["train"][1].max())
-        )
-    train, dev = (rows_of(config, tokenizer, data[part]) for part in ("train", "dev"))
+        teacher = trained_teacher(config, encoded(tokenizer, data["train"], config.length), tokenizer)
+    train, dev = (encoded(tokenizer, data[part], config.length) for part in ("train", "dev"))
     ready = fake_quantise(teacher, ternary_kernels(teacher), inputs=TIConfig().inputs, attention=TIConfig().attention)
     found = {
         "teacher": accuracy(teacher, dev, config.batch),
@@ -116,9 +109,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
                 ]  # fmt: skip
             curves.setdefault(name, []).append(curve)
             row = {"intervention": name, "seed": seed, **curve[-1], "packed": accuracy(done.packed, dev, config.batch)}
-            rows.append(row)
-            with open(out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(common.plain(row)) + "\n")
+            common.record(out, rows, row)
 
     table = [{"student": name, "accuracy": value} for name, value in found.items()]
     for name in config.interventions:
@@ -136,42 +127,17 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     return {"task": data["task"], **found, "rows": rows, "curves": curves}
 
 
-def rows_of(config: Config, tokenizer: Any, part: tuple[list[str], np.ndarray]) -> dict[str, np.ndarray]:
-    texts, labels = part
-    batch = tokenizer(texts, max_length=config.length, buckets=(config.length,))
-    return {**{k: v.astype(np.int32) for k, v in batch.items()}, "labels": labels.astype(np.int32)}
-
-
-def trained_teacher(config: Config, rows: dict[str, np.ndarray], tokenizer: Any, last_label: int) -> Any:
+def trained_teacher(config: Config, rows: dict[str, np.ndarray], tokenizer: Any) -> Any:
     """A BERT trained on the task from scratch."""
-    size = bert.Config(
-        tokenizer.vocab_size, config.width, config.layers, config.heads, 4 * config.width,
-        max_position_embeddings=config.length, num_labels=last_label + 1, hidden_dropout_prob=config.dropout,
-        attention_probs_dropout_prob=config.dropout,
-    )  # fmt: skip
-    model = jf.init(size, head="sequence_classification", key=jax.random.key(1234))
-
-    def objective(apply, params, batch, key):
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
-        return losses.cross_entropy(apply(params, inputs, rngs=key).logits, batch["labels"]), {}
-
+    sizes = {name: getattr(config, name) for name in ("width", "layers", "heads", "length", "dropout")}
+    labels = int(rows["labels"].max()) + 1
+    model = sentences.new_classifier(tokenizer, labels, **sizes, key=jax.random.key(1234))
     train = TrainConfig(
         steps=config.teacher_steps,
         optim=OptimConfig(learning_rate=config.teacher_rate, warmup=0.1, weight_decay=0.01),
         log_every=max(config.teacher_steps // 20, 1),
     )
-    return fit(objective, model, array_batches(rows, config.batch), train, key=jax.random.key(1)).model
-
-
-def accuracy(model: Any, rows: dict[str, np.ndarray], size: int) -> float:
-    """Share of rows whose largest logit is their label's; the batch's `size` counts, as it shares 8-bit scales."""
-    apply, params = jf.functional(model)
-    predict = jax.jit(lambda params, batch: apply(params, batch).logits.argmax(-1))
-    n, hits = len(rows["labels"]), 0
-    for start in range(0, n, size):
-        part = {k: v[start : start + size] for k, v in rows.items() if k != "labels"}
-        hits += int((np.asarray(predict(params, part)) == rows["labels"][start : start + size]).sum())
-    return hits / n
+    return sentences.trained(model, rows, config.batch, train, key=jax.random.key(1))
 
 
 def draw(fig: Any, curves: dict[str, list], found: dict[str, float]) -> None:

@@ -13,7 +13,6 @@ Data: `--data` Cityscapes' directory, or one with train.npz, val.npz and test.np
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +102,10 @@ def run(config: Config, out: Path) -> dict[str, Any]:
                 batch_size=config.batch, heldout=val, directory=out / f"{method}-{seed}",
             )  # fmt: skip
             report = evaluate(done.student, test)
-            rows.append({
+            common.record(out, rows, {
                 "method": method, "seed": seed, "mIoU": 100 * report["miou"], "accuracy": 100 * report["accuracy"],
                 "val mIoU": 100 * done.report["miou"], "IoU": common.plain(100 * report["iou"]),
             })  # fmt: skip
-            with open(out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
     count = lambda model: sum(x.size for x in jax.tree.leaves(jf.functional(model)[1]))
     summary = [{"trained by": "(teacher)", "parameters": count(teacher), "mIoU": f"{100 * of_teacher['miou']:.4g}",
                 "pixel accuracy": f"{100 * of_teacher['accuracy']:.4g}"}]  # fmt: skip

@@ -8,12 +8,12 @@ nothing was chosen on.
     python -m experiments.vtrans                   # small: minutes on two CPU cores, three seeds
     python -m experiments.vtrans paper --checkpoint your-finetuned-bert --data sst2/
 
-Data: `--data` a directory with train, val and test as .jsonl (text, label; .gz too), by default sentiment_sentences
-beside the repository, else: which package of the standard library is this line of code from?
+Data: `--data` a directory with train, val and test (.jsonl, .csv or .tsv, .gz allowed) of columns text and label, by
+default sentiment_sentences beside the repository, else: which package of the standard library is this line of code
+from?
 """
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,14 @@ import numpy as np
 from flax import nnx
 
 import jaxformers as jf
-from experiments import common
+from experiments import common, sentences
+from experiments.sentences import accuracy
 from jaxformers import gates, units
 from jaxformers.compress import VTransConfig, vib_prune, vtrans
-from jaxformers.data.batches import array_batches
-from jaxformers.data.text import python_sources, read_records
-from jaxformers.data.tokenizers import load_tokenizer, train_wordpiece
-from jaxformers.losses import cross_entropy
-from jaxformers.models import bert
-from jaxformers.train import OptimConfig, TrainConfig, fit
+from jaxformers.data.tokenizers import Tokenizer, train_wordpiece
+from jaxformers.train import OptimConfig, TrainConfig
+
+ROWS = 250  # of the test set at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,24 +84,22 @@ PRESETS = {
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
-    texts = splits(config)
-    if config.checkpoint is None:
-        tokenizer = train_wordpiece(texts["train"][0], config.vocab, max_length=config.length)
-        rows = {name: encode(tokenizer, *part, config.length) for name, part in texts.items()}
-        dense = train_dense(config, tokenizer.vocab_size, rows["train"])
+    texts = sentences.parted_texts(config.data, config.rows, ("asyncio", "email"))
+    if config.checkpoint is not None:
+        dense, tokenizer = common.pretrained(config.checkpoint)
     else:
-        dense, tokenizer = jf.load(config.checkpoint), load_tokenizer(config.checkpoint)
-        rows = {name: encode(tokenizer, *part, config.length) for name, part in texts.items()}
-    found = [{"method": "dense", "keep": 1.0, "seed": 0, "test": accuracy(dense, rows["test"])}]
+        dense, tokenizer = None, train_wordpiece(texts["train"][0], config.vocab, max_length=config.length)
+    rows = {name: sentences.encoded(tokenizer, part, config.length) for name, part in texts.items()}
+    if dense is None:
+        dense = train_dense(config, tokenizer, rows["train"])
+    found = [{"method": "dense", "keep": 1.0, "seed": 0, "test": accuracy(dense, rows["test"], ROWS)}]
     for seed in range(config.seeds):
         for keep in config.keep:
             for method in config.methods:
                 if method == "faster" and keep != min(config.keep):
                     continue
-                record = {"method": method, "keep": keep, "seed": seed, **one(config, dense, rows, method, keep, seed)}
-                found.append(record)
-                with open(out / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(common.plain(record)) + "\n")
+                row = {"method": method, "keep": keep, "seed": seed, **one(config, dense, rows, method, keep, seed)}
+                common.record(out, found, row)
     common.table(f"VTrans, {config.seeds} seeds: accuracy on test", summary(found))
     common.figure(out / "figure.png", lambda fig: draw(fig, found))
     return {"rows": found}
@@ -119,13 +116,13 @@ def one(config: Config, dense: nnx.Module, rows: dict, method: str, keep: float,
         )  # fmt: skip
         more = {name: done.report[name] for name in ("expected_sparsity", "actual_sparsity", "prune_seconds", "kept")}
         more["parameters"] = done.report["parameters"][1]
-        return {"test": accuracy(done.model, rows["test"]), "seconds": time.perf_counter() - began, **more}
+        return {"test": accuracy(done.model, rows["test"], ROWS), "seconds": time.perf_counter() - began, **more}
     cost = vtrans.costs(dense)
     masks = baseline_masks(dense, cost, keep, method, seed)
     small = finetuned(config, jf.compact(dense, masks), rows["train"], config.steps + config.finetune, key)
     hard = jax.tree.map(lambda m: (m != 0).astype(jnp.float32), masks)
     return {
-        "test": accuracy(small, rows["test"]), "seconds": time.perf_counter() - began,
+        "test": accuracy(small, rows["test"], ROWS), "seconds": time.perf_counter() - began,
         "actual_sparsity": float(cost.sparsity(hard)), "parameters": parameters(small),
     }  # fmt: skip
 
@@ -169,69 +166,18 @@ def ranked(scores: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def splits(config: Config) -> dict[str, tuple[list[str], np.ndarray]]:
-    """{"train", "val", "test": (texts, labels)}"""
-    root = common.shared_data("sentiment_sentences", config.data)
-    if root is not None:
-        parts = {}
-        for part in ("train", "val", "test"):
-            file = next(f for f in (root / f"{part}.jsonl.gz", root / f"{part}.jsonl") if f.exists())
-            records = read_records(file)[: config.rows]
-            parts[part] = [r["text"] for r in records], np.array([int(r["label"]) for r in records], np.int32)
-        return parts
-    lines, labels = [], []
-    packages = ("asyncio", "email")
-    for name, source in python_sources().items():
-        package = name.split("/")[0]
-        if package in packages:
-            kept = [line.strip() for line in source.splitlines() if len(line.split()) > 3]
-            lines += kept
-            labels += [packages.index(package)] * len(kept)
-    order = np.random.default_rng(0).permutation(len(lines))[:3000]
-    lines, labels = [lines[i] for i in order], np.array(labels, np.int32)[order]
-    bounds = {"train": (0, 2000), "val": (2000, 2500), "test": (2500, 3000)}
-    return {part: (lines[a:b][: config.rows], labels[a:b][: config.rows]) for part, (a, b) in bounds.items()}
-
-
-def encode(tokenizer: Any, texts: list[str], labels: np.ndarray, length: int) -> dict[str, np.ndarray]:
-    batch = tokenizer(texts, max_length=length, buckets=(length,))
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
-
-
-def train_dense(config: Config, vocab: int, rows: dict[str, np.ndarray]) -> nnx.Module:
-    size = bert.Config(
-        vocab, config.width, config.layers, config.heads, config.inner, max_position_embeddings=config.length,
-        num_labels=2, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    model = jf.init(size, head="sequence_classification", key=jax.random.key(1234))
+def train_dense(config: Config, tokenizer: Tokenizer, rows: dict[str, np.ndarray]) -> nnx.Module:
+    sizes = {name: getattr(config, name) for name in ("width", "layers", "heads", "length", "inner")}
+    model = sentences.new_classifier(tokenizer, 2, **sizes, attention_dropout=0.0, key=jax.random.key(1234))
     return finetuned(config, model, rows, config.dense_steps, jax.random.key(5), config.dense_rate)
 
 
 def finetuned(
     config: Config, model: nnx.Module, rows: dict, steps: int, key: jax.Array, rate: float | None = None
 ) -> nnx.Module:
-    apply, params = jf.functional(model)
-
-    def objective(_, params, batch, key):
-        inputs = {name: x for name, x in batch.items() if name != "labels"}
-        return cross_entropy(apply(params, inputs, rngs=key).logits, batch["labels"]), {}
-
-    train = TrainConfig(
-        steps=steps, optim=OptimConfig(learning_rate=rate or config.rate, warmup=0.1), log_every=steps, progress=False
-    )
-    batches = array_batches(rows, min(config.batch, len(rows["labels"])))
-    done = fit(objective, params, batches, train, key=key)
-    return jf.with_params(model, done.params)
-
-
-def accuracy(model: nnx.Module, rows: dict[str, np.ndarray], batch: int = 250) -> float:
-    apply, params = jf.functional(model)
-    call = jax.jit(lambda p, b: apply(p, b).logits.argmax(-1))
-    n, right = len(rows["labels"]), 0
-    for i in range(0, n, batch):
-        part = {name: x[i : i + batch] for name, x in rows.items() if name != "labels"}
-        right += int((np.asarray(call(params, part)) == rows["labels"][i : i + batch]).sum())
-    return right / n
+    optim = OptimConfig(learning_rate=rate or config.rate, warmup=0.1)
+    train = TrainConfig(steps=steps, optim=optim, log_every=steps, progress=False)
+    return sentences.trained(model, rows, config.batch, train, key=key)
 
 
 def parameters(model: nnx.Module) -> int:

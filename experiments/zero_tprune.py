@@ -12,7 +12,6 @@ of image files a class (default: sign_digits beside the repository, else scikit-
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,29 +101,24 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         held_in, rest = train.some(order[: config.held_in]), train.some(order[config.held_in :])
         model = jf.load(config.model) if config.model is not None else trained(config, rest, seed)
         dense = accuracy(config, runs, "Zero-TPrune", model, (), test, seed)
-        record(out, rows, {"seed": seed, "budget": 1.0, "way": "dense", "accuracy": dense})
+        common.record(out, rows, {"seed": seed, "budget": 1.0, "way": "dense", "accuracy": dense})
         seen, labels = held_in.read(np.arange(len(held_in.labels))), held_in.labels
         for budget in config.budgets:
             schedule = zs.uniform_schedule(model, budget)
             for way in config.ways:
                 draws = range(config.random_draws if way == "random" else 1)
                 found = [accuracy(config, runs, way, model, schedule, test, 100 * seed + i) for i in draws]
-                record(out, rows, {"seed": seed, "budget": budget, "way": way, "accuracy": float(np.mean(found))})
+                own = {"seed": seed, "budget": budget, "way": way, "accuracy": float(np.mean(found))}
+                common.record(out, rows, own)
             best = zs.search(
                 model, seen, labels, budget=budget, trials=config.trials, batch_size=config.batch,
                 key=jax.random.key(seed), slack=min(0.1, budget),
             )[-1]  # fmt: skip
             found = accuracy(config, runs, "Zero-TPrune", model, best.schedule, test, seed)
-            record(out, rows, {"seed": seed, "budget": budget, "way": "searched schedule", "accuracy": found,
+            common.record(out, rows, {"seed": seed, "budget": budget, "way": "searched schedule", "accuracy": found,
                                "schedule": [dataclasses.astuple(stage) for stage in best.schedule]})  # fmt: skip
     report(config, rows, out)
     return {"rows": rows, "seconds at 224²": timed(config, None if config.model is None else model)}
-
-
-def record(out: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
-    rows.append(row)
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(common.plain(row)) + "\n")
 
 
 def images(config: Config) -> tuple[Images, Images]:

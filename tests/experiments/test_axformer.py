@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxformers as jf
-from experiments import axformer, common
+from experiments import axformer, common, sentences
 from jaxformers.cost import count_flops
 
 
@@ -37,13 +37,17 @@ def test_the_paper_preset_has_a_step():
 
 
 def test_data_without_its_parts(tmp_path):
-    with pytest.raises(ValueError, match="has no train.jsonl"):
-        axformer.sentences(axformer.Config(data=tmp_path))
-    for part in axformer.PARTS:
+    read = lambda: sentences.parted_texts(tmp_path, None, axformer.PACKAGES)
+    with pytest.raises(ValueError, match="has none of train.jsonl"):
+        read()
+    for part in sentences.PARTS:
         (tmp_path / f"{part}.jsonl").write_text('{"text": "a", "text2": "b", "label": 1}\n')
-    parts = axformer.sentences(axformer.Config(data=tmp_path))
+    parts = read()
     assert parts["val"][0] == [("a", "b")] and parts["val"][1].tolist() == [1]
     (tmp_path / "test.jsonl").write_text('{"sentence": "a"}\n')
-    with pytest.raises(ValueError, match="no rows with text and label"):
-        axformer.sentences(axformer.Config(data=tmp_path))
+    with pytest.raises(ValueError, match="test.jsonl: row 1 has no 'text'; it has 'sentence'"):
+        read()
+    (tmp_path / "test.jsonl").write_text("")
+    with pytest.raises(ValueError, match="test.jsonl has no rows"):
+        read()
     assert np.issubdtype(parts["val"][1].dtype, np.integer)

@@ -18,4 +18,4 @@ def test_smoke(tmp_path, monkeypatch):
 
 def test_data_and_test_go_together(tmp_path):
     with pytest.raises(ValueError, match="give both or neither"):
-        gptq.corpus(gptq.Config(data=tmp_path))
+        gptq.run(gptq.Config(data=tmp_path), tmp_path)

@@ -4,8 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+import jaxformers as jf
 from experiments import common, vtrans
 from jaxformers.compress import vtrans as gates
+from jaxformers.models import bert
 
 
 def test_smoke(tmp_path, monkeypatch):
@@ -25,8 +27,8 @@ def test_presets_are_chosen_by_name():
 @pytest.mark.parametrize("method", ["random", "magnitude"])
 def test_baselines_meet_the_budget_and_magnitude_keeps_what_is_large(method):
     config = vtrans.PRESETS["smoke"]
-    size = vtrans.bert.Config(50, 16, 2, 2, 32, max_position_embeddings=12, num_labels=2)
-    model = vtrans.jf.init(size, head="sequence_classification", key=jax.random.key(0))
+    size = bert.Config(50, 16, 2, 2, 32, max_position_embeddings=12, num_labels=2)
+    model = jf.init(size, head="sequence_classification", key=jax.random.key(0))
     large = model.layers[0].mlp
     large.down.kernel.set_value(large.down.kernel.get_value().at[:8].multiply(50))
     cost = gates.costs(model)
