@@ -10,12 +10,13 @@ import jaxformers as jf
 from jaxformers import losses, paths, weights
 from jaxformers.compress.gptq import dequantize, gptq
 from jaxformers.compress.minilm_distil import StudentConfig, distil
+from jaxformers.compress.rmsnorm import convert_norm
 from jaxformers.compress.teacher_intervention import TIConfig
 from jaxformers.compress.teacher_intervention_qat import PAPER, qat
 from jaxformers.data.batches import array_batches
 from jaxformers.data.text import english_text
 from jaxformers.data.tokenizers import load_tokenizer, train_wordpiece
-from jaxformers.models import bert
+from jaxformers.models import bert, gpt2
 from jaxformers.train import OptimConfig, TrainConfig, fit
 from jaxformers.weights import FakeQuant, PackedWeight, TernaryCodes
 
@@ -97,3 +98,26 @@ def test_gptq_refuses_weights_that_are_rounded_as_they_are_used():
     fake = weights.fake_quantise(model, {"layers.**": jf.fake_quant.TERNARY})
     with pytest.raises(ValueError, match="already quantised: its weights are FakeQuant"):
         gptq(fake, np.ones((4, 8), np.int32))
+
+
+def test_a_stream_that_lost_a_coordinate_is_packed(tmp_path):
+    """Width 33 leaves 32 after CRMSNorm, which fill words: MLPs are packed. The heads have 33 entries as before, and
+    attention stays dense."""
+    shape = gpt2.Config(vocab_size=40, hidden_size=33, num_hidden_layers=2, num_attention_heads=3,
+                        intermediate_size=64, max_position_embeddings=16, initializer_range=0.2)  # fmt: skip
+    model = jf.init(shape, head="causal_lm", key=jax.random.key(0))
+    ids = np.random.default_rng(0).integers(0, 40, (8, 16)).astype(np.int32)
+    narrow = convert_norm(model, "crms")
+    small = gptq(narrow, ids, bits=8, group_size=32)
+    jf.save(small, tmp_path / "packed")
+    again = jf.load(tmp_path / "packed")
+    assert again.surgery == small.surgery
+    flat = paths.flatten(jf.functional(again)[1])
+    packed = {path.split(".", 2)[2] for path, w in flat.items() if isinstance(w, PackedWeight)}
+    assert packed == {"mlp.up.kernel", "mlp.down.kernel"}
+    for path, shape in (("mlp.up", (32, 64)), ("mlp.down", (64, 32)), ("attention.query", (32, 33))):
+        assert flat[f"layers.1.{path}.kernel"].shape == shape
+    source, ours, theirs = (np.asarray(jax.jit(apply)(params, {"input_ids": ids}).logits)
+                            for apply, params in map(jf.functional, (model, small, again)))  # fmt: skip
+    np.testing.assert_array_equal(ours, theirs)
+    assert 0 < np.abs(ours - source).max() < 0.02 * np.abs(source).max()
