@@ -196,7 +196,7 @@ def step(config: Config, mesh: Any) -> Any:
     update = lambda *args: fusegpt_group.update(kept[0], *args)
     inputs = f"{config.batch} × {config.length:,} tokens"
     name = f"fusegpt of {config.group} layers of {config.model} on each device, {inputs}"
-    return Step(name, update, args, (0, 1), parameters=size(paths.combine(args[0], args[2])))
+    return Step(name, update, args, (0, 1), parameters=size(paths.combine(args[0], args[2])), whole=True)
 
 
 if __name__ == "__main__":

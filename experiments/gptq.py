@@ -167,7 +167,7 @@ def step(config: Config, mesh: Any) -> Any:
     state = jax.eval_shape(build)
     x = Array((8, config.length, settings.hidden_size), jax.numpy.float32)
     name = f"gptq of one block of {config.model} on each device, 8 × {config.length:,} tokens"
-    return Step(name, quantised, (replicated(state, mesh), replicated(x, mesh)), parameters=size(state))
+    return Step(name, quantised, (replicated(state, mesh), replicated(x, mesh)), parameters=size(state), whole=True)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Step:
     """A function and the shapes, with their shardings, that it is called with.
 
     ``donate``: numbers of the arguments whose buffers the result may take; ``out_shardings``: as for ``jax.jit``;
-    ``parameters``: how many there are among the arguments.
+    ``parameters``: how many there are among the arguments; ``whole``: every device does all of it, nothing is spread.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Step:
     donate: tuple[int, ...] = ()
     out_shardings: Any = None
     parameters: int = 0
+    whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +258,8 @@ def compiled(step: Step, topology: str, mesh_text: str, devices: int, dump: str)
     report = Report(step.name, topology, mesh_text, devices, chip.memory, None)
     began = time.perf_counter()
     traced = jax.jit(step.function, donate_argnums=step.donate, out_shardings=step.out_shardings).trace(*step.args)
-    report = dataclasses.replace(report, flops=count_flops(traced.jaxpr), parameters=step.parameters)
+    flops = count_flops(traced.jaxpr) * (devices if step.whole else 1)
+    report = dataclasses.replace(report, flops=flops, parameters=step.parameters)
     try:
         program = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:

@@ -92,6 +92,13 @@ def test_topologies_that_are_none(topology):
 
 
 @eight
+def test_work_that_every_device_does_counts_for_each(tmp_path):
+    shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    step = lambda whole: dryrun.Step("a product", jnp.dot, (shape, shape), parameters=64, whole=whole)
+    one, all_four = (dryrun.compiled(step(whole), "v5e:2x2", "data=4", 4, str(tmp_path)) for whole in (False, True))
+    assert one.flops == 2 * 8**3 and all_four.flops == 4 * one.flops and all_four.arguments == 2 * 64 * 4
+
+
 @pytest.mark.parametrize("name", ["llama"])
 def test_the_train_step_of_shapes_is_the_one_that_fit_takes(name):
     """Run on real arrays of those shapes and shardings it makes one AdamW update of the masters."""
