@@ -16,6 +16,7 @@ from jaxformers.dryrun import STEPS, Step
 from jaxformers.functional import functional
 from jaxformers.mesh import batch_sharding, batch_ways, cache_shardings, constrained
 from jaxformers.mesh import mesh as make_mesh
+from jaxformers.models.config import positions_of
 from jaxformers.nn.block import stack
 from jaxformers.nn.keys import Keys
 from jaxformers.safetensors_io import read_json
@@ -107,7 +108,7 @@ def check(
     hf = config_dict(model)
     arch = models.architecture(hf.get("model_type", ""))
     config, head = arch.Config.from_hf(hf), _head(hf, arch, head)
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = positions_of(config)
     if positions is not None and getattr(config, "rope", None) is None and seq > positions and step != "decode":
         raise ValueError(f"seq: {seq} tokens exceed the {positions} positions of {model}")
     if step == "decode" and not _decodes(arch.Model, config):

@@ -19,6 +19,7 @@ from flax import nnx
 
 from jaxformers.data import text
 from jaxformers.functional import functional
+from jaxformers.models.config import positions_of
 
 PROTOCOLS = ("wikitext2", "ptb", "ptb_new", "c4", "c4_new")
 
@@ -118,7 +119,7 @@ def _windows_and_tokens(model: nnx.Module, file: Path, length: int | None) -> tu
         if length is not None and windows.shape[1] != length:
             raise ValueError(f"ids: expected windows of length={length}, got shape {windows.shape}")
         return windows, windows.size
-    positions = getattr(model.config, "max_position_embeddings", None) or 2048
+    positions = positions_of(model.config) or 2048
     length = min(positions, 2048) if length is None else length
     table = [suffix for suffix in file.suffixes if suffix != ".gz"][-1:]
     whole = table and table[0] in (".jsonl", ".ndjson", ".csv", ".tsv")

@@ -21,6 +21,7 @@ from jaxformers import beam, decoding, surgery
 from jaxformers.beam import Search
 from jaxformers.data.padding import bucket, length_buckets, pad_rows
 from jaxformers.decoding import Prompts, Sampler, State, Stops
+from jaxformers.models.config import positions_of
 from jaxformers.prompts import (
     Endings,
     Request,
@@ -30,7 +31,6 @@ from jaxformers.prompts import (
     ending_arrays,
     endings,
     form,
-    positions_of,
     request,
     text_of,
     tokenizer_of,

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from jaxformers.data.padding import bucket, length_buckets, pad_rows
+from jaxformers.models.config import positions_of
 
 if TYPE_CHECKING:
     from jaxformers.data.tokenizers import Tokenizer
@@ -42,11 +43,6 @@ class Endings(NamedTuple):
 def batch_bucket(rows: int) -> int:
     """The number of rows that is compiled for."""
     return next((n for n in BATCHES if n >= rows), -(-rows // 64) * 64)
-
-
-def positions_of(config: Any) -> int | None:
-    """How many tokens a model has positions for; None where there is no limit."""
-    return getattr(config, "max_length", getattr(config, "max_position_embeddings", None))
 
 
 def form(prompts: Any) -> tuple[bool, bool]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxformers import atomic, units
 from jaxformers.extras import require
+from jaxformers.models.config import positions_of
 from jaxformers.safetensors_file import show
 from jaxformers.safetensors_io import CheckpointError, read_json
 
@@ -155,9 +156,7 @@ def sentence_files(model: Any, dense: dict[str, np.ndarray]) -> dict[str, bytes]
         for i, kind in enumerate(modules)
     ]
     files["modules.json"] = (json.dumps(listed, indent=2) + "\n").encode()
-    config = model.config  # RoBERTa's first positions serve padding
-    positions = getattr(config, "max_length", getattr(config, "max_position_embeddings", 512))
-    limit = {"max_seq_length": positions, "do_lower_case": False}
+    limit = {"max_seq_length": positions_of(model.config) or 512, "do_lower_case": False}
     source = None if model.source is None else Path(model.source) / "sentence_bert_config.json"
     if source is not None and source.is_file():
         limit = {**limit, **read_json(source)}

@@ -39,6 +39,7 @@ from jaxformers.compress.block import LayerReport, Settings
 from jaxformers.compress.calibration import checked_calibration
 from jaxformers.compress.sweep import sweep
 from jaxformers.data import text
+from jaxformers.models.config import positions_of
 from jaxformers.models.keymap import all_keys, lookup, own_name, prefix_of
 from jaxformers.weights.masked import settle_masks
 from jaxformers.weights.packed import PackedWeight
@@ -271,7 +272,7 @@ def calibration_ids(model: nnx.Module, file: Path, *, samples: int, length: int,
     if file.suffix == ".npy":
         return text.read_token_ids(file)
     tokenizer = load_tokenizer(model.source)
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = positions_of(model.config)
     length = length if positions is None else min(length, positions)
     kind = [suffix for suffix in file.suffixes if suffix != ".gz"][-1:]
     if kind and kind[0] in (".jsonl", ".ndjson", ".csv", ".tsv"):

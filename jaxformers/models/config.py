@@ -100,6 +100,11 @@ def without_pooler(config: C, tensors: Iterable[str], name: str) -> C:
     return config
 
 
+def positions_of(config: Any) -> int | None:
+    """How many tokens a model has positions for (RoBERTa's first serve padding); None: no limit."""
+    return getattr(config, "max_length", getattr(config, "max_position_embeddings", None))
+
+
 def depth(config: Any) -> int:
     """How many layers ``config`` asks for, those of its parts' configs included."""
     parts = [getattr(config, field.name) for field in dataclasses.fields(config)]

@@ -80,8 +80,7 @@ class Config:
 
     @property
     def max_position_embeddings(self) -> int | None:
-        of = self.decoder
-        return getattr(of, "max_length", getattr(of, "max_position_embeddings", None))
+        return configs.positions_of(self.decoder)
 
 
 class VisionEncoderDecoder(nnx.Module):

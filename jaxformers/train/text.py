@@ -20,6 +20,7 @@ from jaxformers.data import text as texts
 from jaxformers.data.batches import array_batches
 from jaxformers.data.tokenizers import Tokenizer, load_tokenizer, train_bpe, train_wordpiece
 from jaxformers.mesh import mesh as make_mesh
+from jaxformers.models.config import positions_of
 from jaxformers.train.config import TrainConfig
 from jaxformers.train.loop import FitResult, fit
 from jaxformers.train.optim import OptimConfig
@@ -98,7 +99,7 @@ def train_on_text(run: TextRun) -> FitResult:
         mesh = make_mesh("data=-1")
     documents = [document for file in run.text for document in _documents(file)]
     model, tokenizer = _begin(run, documents, mesh)
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = positions_of(model.config)
     if positions is not None and run.length > positions:
         raise ValueError(f"length: {run.length} tokens exceed the model's {positions} positions")
     windows = pack(documents, tokenizer, run.length)

@@ -10,10 +10,11 @@ import pytest
 
 import jaxformers as jf
 from jaxformers.compress.block import LayerReport
-from jaxformers.compress.gptq import dequantize, gptq, quantize_checkpoint
+from jaxformers.compress.gptq import calibration_ids, dequantize, gptq, quantize_checkpoint
 from jaxformers.data import text
+from jaxformers.data.tokenizers import train_wordpiece
 from jaxformers.evaluation import perplexity
-from jaxformers.models import bert, llama
+from jaxformers.models import bert, llama, roberta
 from jaxformers.models.keymap import all_keys, lookup
 from jaxformers.weights import Masked, PackedWeight, add_lora
 
@@ -212,6 +213,21 @@ def test_encoders_with_padding(model):
     a, b = (gptq(encoder, {"input_ids": i, "attention_mask": mask}, bits=4) for i in (IDS, garbage))
     for path, kernel in kernels(a).items():
         np.testing.assert_array_equal(kernel.qweight, kernels(b)[path].qweight)
+
+
+def test_calibration_text_is_cut_to_the_tokens_a_roberta_takes(tmp_path):
+    words = " ".join(f"word{i % 7}" for i in range(400))
+    tokenizer = train_wordpiece([words] * 3, 60)
+    config = roberta.Config(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=18, type_vocab_size=1,
+    )  # fmt: skip
+    jf.save(jf.init(config, head="masked_lm", key=jax.random.key(0)), tmp_path / "model", tokenizer=tokenizer)
+    (tmp_path / "words.txt").write_text(words)
+    loaded = jf.load(tmp_path / "model")
+    ids = calibration_ids(loaded, tmp_path / "words.txt", samples=3, length=2048, seed=0)
+    assert ids.shape == (3, 16)  # of 18 positions two serve padding
+    quantize_checkpoint(tmp_path / "model", tmp_path / "out", tmp_path / "words.txt", samples=3)
 
 
 @pytest.mark.parametrize(
