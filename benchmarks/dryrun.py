@@ -25,6 +25,8 @@ CASES = [
     ("t5-11b", "v5p:4x4x4", {"mesh": "fsdp=64", "seq": 512}),
     ("llama-70b", "v5e:4x4", {"mesh": "data=2,tensor=8", "step": "prefill", "seq": 4096, "batch": 2}),
     ("llama-70b", "v5e:4x4", {"mesh": "data=2,tensor=8", "step": "decode", "seq": 4096, "batch": 16}),
+    ("llama-70b", "v5p:2x2x4", {"mesh": "data=2,tensor=8", "step": "prefill", "seq": 4096, "batch": 2}),
+    ("llama-70b", "v5p:2x2x4", {"mesh": "data=2,tensor=8", "step": "decode", "seq": 4096, "batch": 16}),
 ]
 HEADER = (
     "| model and step | topology | mesh | GiB a device | of | largest batch | FLOPs | sent by a device, GB | "

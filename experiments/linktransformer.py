@@ -53,7 +53,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """`questions`: how banking77's are trained on. `data`: a directory that holds er_magellan_small/ and
+    """`questions`: how banking77's are trained on; `held_out`: the share of its intents that are not. `data`: a directory that holds er_magellan_small/ and
     banking77_small/."""
 
     tasks: tuple[str, ...] = ("itunes", "banking77", "known", "methods")
@@ -65,6 +65,7 @@ class Config:
         num_epochs=12, train_batch_size=204, temperature=0.1, interpolation=0.5, max_length=32
     )
     texts_per_intent: int = 8
+    held_out: float = 1 / 3
     data: Path | None = None
     table: Path | None = None
     left: str = "left"
@@ -148,7 +149,8 @@ def banking77(config: Config, seed: int, of_trained: bool = False) -> tables.Spl
             for row in csv.DictReader(file):
                 by_intent.setdefault(row["label"], {"train": [], "test": []})[part].append(row["text"])
     intents = [sorted(by_intent)[i] for i in rng.permutation(len(by_intent))]
-    trained, tested = intents[: 2 * len(intents) // 3], intents[2 * len(intents) // 3 :]
+    cut = len(intents) - round(config.held_out * len(intents))
+    trained, tested = intents[:cut], intents[cut:]
 
     def few(intent: str) -> list[str]:
         texts = list(dict.fromkeys(by_intent[intent]["train"]))
