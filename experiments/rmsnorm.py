@@ -11,7 +11,6 @@ Data: as in `experiments.gptq`.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from jaxformers import losses
 from jaxformers.compress import convert_norm
 from jaxformers.cost import latencies
 from jaxformers.data import batches, text
-from jaxformers.data.tokenizers import load_tokenizer, train_bpe
+from jaxformers.data.tokenizers import train_bpe
 from jaxformers.evaluation import perplexity
 from jaxformers.models import gpt2
 
@@ -94,9 +93,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         for form in config.forms:
             converted = in_form(model, form)
             own = {name: perplexity(cast(converted, name), windows, config.length) for name in ("float32", "bfloat16")}
-            rows.append({"seed": seed, "form": form, **own})
-            with open(out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(common.plain(rows[-1])) + "\n")
+            common.record(out, rows, {"seed": seed, "form": form, **own})
             if seed == 0 and form == "Pre-CRMSNorm":
                 jf.save(converted, out / "model-crms", tokenizer=tokenizer)
         paths.append({"seed": seed, **compare_paths(config, model.config, ids, seed)})
@@ -113,8 +110,7 @@ def in_form(model: nnx.Module, form: str) -> nnx.Module:
 def start(config: Config, texts: list[str], seed: int) -> tuple[nnx.Module, Any]:
     """The Pre-LN model and its tokenizer."""
     if config.model is not None:
-        model = jf.load(config.model, **without_dropout(jf.hub.read_config(config.model)))
-        return model, load_tokenizer(model.source)
+        return common.pretrained(config.model, **without_dropout(jf.hub.read_config(config.model)))
     tokenizer = train_bpe(texts, config.vocab, max_length=config.length)
     shape = sizes(tokenizer.vocab_size, config.width, config.layers, config.heads, config.length)
     ids = language.stream(texts, tokenizer)

@@ -14,7 +14,6 @@ out). The model that is trained here reads bytes.
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ import jaxformers as jf
 from experiments import common, language
 from jaxformers.compress.x_ecomla import LayerReport, cache_bytes, report_table, upcycle_mla
 from jaxformers.data import batches, text
-from jaxformers.data.tokenizers import load_tokenizer
 from jaxformers.evaluation import perplexity
 from jaxformers.models import llama
 from jaxformers.train import OptimConfig, TrainConfig, fit
@@ -91,14 +89,17 @@ PRESETS = {
 def run(config: Config, out: Path) -> dict[str, Any]:
     """One row for each seed and way; written to `metrics.jsonl` as they come."""
     texts = ["\n\n".join(part) for part in language.corpus(config.data, config.test)]
-    source, encode = loaded(config) if config.model else (None, lambda t: np.frombuffer(t.encode(), np.uint8))
+    source, encode = None, lambda t: np.frombuffer(t.encode(), np.uint8)
+    if config.model is not None:
+        source, tokenizer = common.pretrained(config.model)
+        encode = tokenizer.encode
     train_ids, test_ids = (np.asarray(encode(t), np.int32) for t in texts)
     windows = text.windows(test_ids, config.length)[: config.windows]
     source = trained(config, train_ids) if source is None else source
     teacher = source if config.teacher is None else jf.load(config.teacher)
     nats = lambda model: math.log(perplexity(model, windows, config.length))
     rows: list[dict[str, Any]] = []
-    record(out, rows, {"way": "source", "seed": 0, "cache bytes": cache_bytes(source), "after": nats(source)})
+    common.record(out, rows, {"way": "source", "seed": 0, "cache bytes": cache_bytes(source), "after": nats(source)})
     for seed in range(config.seeds):
         for way, options in ways(config).items():
             kl = options.pop("kl", 1.0)
@@ -117,7 +118,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
                 directory=directory,
             )  # fmt: skip
             row = {"way": way, "seed": seed, "cache bytes": cache_bytes(student), "before": before}
-            record(out, rows, {**row, "after": nats(done.model), "ranks": [r.kv_rank for r in report]})
+            common.record(out, rows, {**row, "after": nats(done.model), "ranks": [r.kv_rank for r in report]})
             if seed == 0 and way == next(iter(ways(config))):
                 print(report_table(report))
                 jf.save(done.model, out / "model")
@@ -146,17 +147,6 @@ def training(config: Config, **options: Any) -> TrainConfig:
     return TrainConfig(
         steps=config.steps, optim=optim, compute_dtype=config.compute_dtype, log_every=every, progress=False, **options
     )
-
-
-def record(out: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
-    rows.append(row)
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(common.plain(row)) + "\n")
-
-
-def loaded(config: Config) -> tuple[nnx.Module, Any]:
-    model = jf.load(config.model)
-    return model, load_tokenizer(model.source).encode
 
 
 def trained(config: Config, ids: np.ndarray) -> nnx.Module:
