@@ -53,8 +53,8 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """`questions`: how banking77's are trained on; `held_out`: the share of its intents that are not. `data`: a directory
-    that holds er_magellan_small/ and banking77_small/."""
+    """`questions`: how banking77's are trained on; `held_out`: the share of its intents that are not. `data`: a
+    directory that holds er_magellan_small/ and banking77_small/."""
 
     tasks: tuple[str, ...] = ("itunes", "banking77", "known", "methods")
     model: str | None = "all-MiniLM-L6-v2"
