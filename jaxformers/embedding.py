@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from jaxformers import surgery
 from jaxformers.mesh import batch_sharding
+from jaxformers.models.config import positions_of
 from jaxformers.nn import SentenceHead, new_sentence_head
 from jaxformers.nn.pooling import MODES
 from jaxformers.nn.pooling import normalize as unit_rows
@@ -260,6 +261,6 @@ def _limit(model: nnx.Module, tokenizer: Tokenizer, max_length: int | None) -> i
     if max_length is not None and (isinstance(max_length, bool) or max_length < 1):
         raise ValueError(f"max_length={max_length!r}: expected a whole number of 1 or more")
     config = model.config  # RoBERTa's first positions serve padding: its max_length is less than its positions
-    positions = getattr(config, "max_length", getattr(config, "max_position_embeddings", None))
+    positions = positions_of(config)
     known = [n for n in (max_length or tokenizer.max_length, positions) if n is not None]
     return min(known) if known else None

@@ -45,6 +45,7 @@ from jaxformers.data.tokenizers import load_tokenizer
 from jaxformers.evaluation import perplexity, windows_of_file
 from jaxformers.extras import require
 from jaxformers.functional import functional
+from jaxformers.models.config import positions_of
 from jaxformers.recipe_steps import METHODS, Data
 
 log = logging.getLogger(__name__)
@@ -187,7 +188,7 @@ def run_recipe(
                 ".csv or .tsv file with columns text and label"
             )
     if isinstance(evaluation, str | Path):
-        positions = getattr(current.config, "max_position_embeddings", None) or length
+        positions = positions_of(current.config) or length
         own = None if Path(evaluation).suffix == ".npy" else min(length, positions)
         evaluation = windows_of_file(current, evaluation, own)
     if evaluation is not None:
@@ -247,7 +248,7 @@ def labelled_rows(model: nnx.Module, file: Path, *, samples: int, length: int, s
     chosen = np.random.default_rng(seed).permutation(len(texts))[:samples]
     columns = zip(*(t if isinstance(t, tuple) else (t,) for t in (texts[i] for i in chosen)), strict=True)
     tokenizer = load_tokenizer(model.source)
-    limits = (length, getattr(model.config, "max_position_embeddings", None), tokenizer.max_length)
+    limits = (length, positions_of(model.config), tokenizer.max_length)
     rows = tokenizer(*map(list, columns), max_length=min(limit for limit in limits if limit is not None))
     inputs = inspect.signature(type(model).__call__).parameters
     return {name: array for name, array in rows.items() if name in inputs} | {"labels": labels[chosen]}
@@ -261,7 +262,7 @@ def _example(model: nnx.Module, calibration: Any) -> dict[str, np.ndarray]:
         return {"input_ids": np.asarray(calibration)[:1].astype(np.int32)}
     if not hasattr(model.config, "vocab_size"):
         raise ValueError("calibration: give the model's inputs by name, so that its cost can be measured")
-    length = min(128, getattr(model.config, "max_position_embeddings", None) or 128)
+    length = min(128, positions_of(model.config) or 128)
     return {"input_ids": np.zeros((1, length), np.int32)}
 
 

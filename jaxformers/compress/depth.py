@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from jaxformers import models, nn, paths, surgery, weights
 from jaxformers.compress.calibration import checked_calibration, first_inputs, forward
+from jaxformers.models.config import positions_of
 
 EPS = 1e-8
 PER_LAYER = ("layer_types", "attention_layers")  # fields of configs that say one thing of each layer
@@ -127,7 +128,7 @@ def checked_ids(decoder: nnx.Module, calibration: Any, batch_size: int) -> np.nd
     ids = checked_calibration(decoder, np.asarray(calibration))["input_ids"]
     if len(ids) % batch_size:
         raise ValueError(f"calibration: {len(ids)} sequences are not a multiple of batch_size={batch_size}")
-    positions = getattr(decoder.config, "max_position_embeddings", None)
+    positions = positions_of(decoder.config)
     if positions is not None and ids.shape[1] > positions:
         raise ValueError(f"calibration: sequences of {ids.shape[1]} tokens exceed the model's {positions} positions")
     return ids

@@ -36,6 +36,7 @@ from jaxformers.compress import rmsnorm_checks as checks
 from jaxformers.compress import rmsnorm_fold as folding
 from jaxformers.compress.rmsnorm_fold import Form
 from jaxformers.functional import functional
+from jaxformers.models.config import positions_of
 
 log = logging.getLogger(__name__)
 RECORD = "jaxformers.compress.rmsnorm:abstract_norms"
@@ -207,7 +208,7 @@ def random_batch(model: nnx.Module, *, rows: int = 2, length: int = 12, seed: in
     for name in ("input_ids", "decoder_input_ids"):
         if name in names:
             vocab = getattr(config, "vocab_size", None) or config.text.vocab_size
-            longest = getattr(config, "max_position_embeddings", None) or length
+            longest = positions_of(config) or length
             batch[name] = rng.integers(3 if vocab > 8 else 0, vocab, (rows, min(length, longest - 4)))
     if not batch:
         raise ValueError(f"verify: no random inputs are known for {type(model).__name__}; give a batch")
