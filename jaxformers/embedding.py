@@ -30,6 +30,7 @@ from jaxformers.nn.pooling import normalize as unit_rows
 if TYPE_CHECKING:
     from jaxformers.data.tokenizers import Tokenizer
 
+FINELY = 64  # batches from which more bucket lengths, and programs to compile for them, pay
 TEXTS_AT_A_TIME = 1 << 15  # tokenized together: sorting works within them, and memory is theirs
 
 
@@ -220,7 +221,8 @@ def _batches(
     texts, pairs = zip(*part, strict=True) if paired else (part, None)
     arrays = tokenizer(texts, pairs, max_length=limit, padding_side="right")
     length = arrays["attention_mask"].sum(1)
-    buckets = np.array(length_buckets(max(limit or 0, int(length.max()), 1), smallest=8))
+    fine = 4 if len(part) >= FINELY * batch_size else 2
+    buckets = np.array(length_buckets(max(limit or 0, int(length.max()), 1), smallest=8, per_doubling=fine))
     widths = buckets[np.searchsorted(buckets, length)]
     order = np.argsort(-length, kind="stable")
     while len(order):

@@ -6,15 +6,18 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def length_buckets(max_length: int, smallest: int = 16) -> tuple[int, ...]:
-    """Lengths to pad to: powers of two and the halves between them (16, 24, 32, 48, ...), ending with `max_length`.
+def length_buckets(max_length: int, smallest: int = 16, per_doubling: int = 2) -> tuple[int, ...]:
+    """Lengths to pad to, so many between a length and its double (16, 24, 32, 48, ...), ending with `max_length`.
 
-    A step compiled for each bucket is compiled at most 2 log2(max_length / smallest) + 1 times, and no row is padded to
-    more than 1.5 times its length (beyond `smallest`).
+    A step compiled for each bucket is compiled at most per_doubling · log2(max_length / smallest) + 1 times, and no row
+    is padded to more than 1 + 1 / per_doubling times its length (beyond `smallest`, if per_doubling divides that).
     """
-    if max_length < 1 or smallest < 1:
-        raise ValueError(f"max_length={max_length}, smallest={smallest}: expected positive lengths")
-    steps = sorted({smallest << k for k in range(40)} | {(smallest << k) * 3 // 2 for k in range(40)})
+    if min(max_length, smallest, per_doubling) < 1:
+        raise ValueError(
+            f"max_length={max_length}, smallest={smallest}, per_doubling={per_doubling}: expected positive numbers"
+        )
+    parts = range(per_doubling, 2 * per_doubling)
+    steps = sorted({(smallest << k) * part // per_doubling for k in range(40) for part in parts})
     return (*(step for step in steps if step < max_length), max_length)
 
 

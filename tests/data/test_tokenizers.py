@@ -324,6 +324,7 @@ def test_buckets_bound_the_shapes(oracles):
     tokenizer = load_tokenizer(oracles / "tokenizers" / "bytebpe")
     assert length_buckets(100) == (16, 24, 32, 48, 64, 96, 100)
     assert length_buckets(8) == (8,)
+    assert length_buckets(40, smallest=8, per_doubling=4) == (8, 10, 12, 14, 16, 20, 24, 28, 32, 40)
     buckets = length_buckets(128)
     for n in (1, 14, 15, 40, 126):
         out = tokenizer(["a" + " b" * (n - 1)], buckets=buckets)
