@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jaxformers.arguments import parsed
 from jaxformers.compilation import enable_cache
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -419,12 +420,13 @@ def main(argv: list[str] | None = None) -> None:
     """Run one verb; exit code 2 and one line on bad input, 130 on Ctrl-C."""
     enable_cache()
     try:
-        tyro.extras.subcommand_cli_from_dict(
+        call = parsed(
             {verb.__name__.replace("_", "-"): verb for verb in VERBS},
+            argv,
             prog="jaxformers",
             description="Pretrained transformers in JAX: pre-train, adapt, compress and apply them.",
-            args=argv,
         )
+        call()
     except (ValueError, OSError, ImportError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"jaxformers: error: {lines[0]}", file=sys.stderr)

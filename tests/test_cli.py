@@ -177,7 +177,17 @@ def tmp_of(checkpoint):
     return checkpoint.parent / "empty"
 
 
-def test_an_unknown_verb(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["frobnicate"])
-    assert stop.value.code == 2
+@pytest.mark.parametrize(
+    ("argv", "messages"),
+    [
+        (["frobnicate"], ["frobnicate", "quickstart", "dry-run"]),
+        ([], ["quickstart"]),
+        (["info"], ["MODEL", "(jaxformers info --help)"]),
+        (["quantize", "m", "--bitz", "4"], ["--out PATH", "Unrecognized options: --bitz 4"]),
+        (["perplexity", "m", "--text", "t", "--length", "abc"], ["--length", "'abc'"]),
+        (["generate", "m", "a", "--early-stopping", "maybe"], ["'maybe'", "'never'"]),
+    ],
+)
+def test_arguments_that_do_not_fit_are_one_line(argv, messages, capsys):
+    said = fails(capsys, *argv)
+    assert all(message in said for message in messages) and not set(said) & set("│╭╰─"), said
