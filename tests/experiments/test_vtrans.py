@@ -10,6 +10,7 @@ from jaxformers.compress import vtrans as gates
 from jaxformers.models import bert
 
 
+@pytest.mark.slow
 def test_smoke(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "shared_data", lambda name, given=None: given)
     result = vtrans.run(vtrans.PRESETS["smoke"], tmp_path)
