@@ -91,7 +91,6 @@ def test_topologies_that_are_none(topology):
     assert chip_of("v5p:4x4x4") is CHIPS["v5p"]
 
 
-@eight
 def test_work_that_every_device_does_counts_for_each(tmp_path):
     shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)
     step = lambda whole: dryrun.Step("a product", jnp.dot, (shape, shape), parameters=64, whole=whole)
@@ -99,6 +98,7 @@ def test_work_that_every_device_does_counts_for_each(tmp_path):
     assert one.flops == 2 * 8**3 and all_four.flops == 4 * one.flops and all_four.arguments == 2 * 64 * 4
 
 
+@eight
 @pytest.mark.parametrize("name", ["llama"])
 def test_the_train_step_of_shapes_is_the_one_that_fit_takes(name):
     """Run on real arrays of those shapes and shardings it makes one AdamW update of the masters."""

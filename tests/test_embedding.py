@@ -239,6 +239,15 @@ def test_few_programs_are_compiled(model, tokenizer):
     assert embedding._forward._cache_size() <= before + 1
 
 
+def test_many_batches_are_padded_to_finer_lengths(model, tokenizer, monkeypatch):
+    texts = sentences(300, seed=5)
+    widths = lambda: {b["input_ids"].shape[1] for _, b in embedding._batches(texts, False, tokenizer, 40, 16, 1)}
+    coarse, plain = widths(), jf.embed(model, texts, tokenizer=tokenizer, batch_size=16)
+    monkeypatch.setattr(embedding, "FINELY", 300 // 16)
+    assert coarse <= {8, 12, 16, 24, 32, 40} and widths() & {10, 14, 20, 28}
+    np.testing.assert_allclose(jf.embed(model, texts, tokenizer=tokenizer, batch_size=16), plain, atol=1e-6)
+
+
 def test_long_and_short_texts_do_not_share_a_batch(model, tokenizer):
     shapes = [
         batch["input_ids"].shape

@@ -94,11 +94,9 @@ def _relative_errors(
 ) -> jax.Array:
     """(n,): ‖X(Q - W)‖² / ‖X W‖² of each solution Q, with XᵀX in proportion to H (the identity when None)."""
     kernel = kernel.astype(jnp.float32)
-    # one product for all, as most of the time goes into it
-    D = jnp.concatenate([kernel, *(columns.dense(grid, s) - kernel for s in solutions)], axis=1)
-    squares = D * (D if H is None else jnp.matmul(H, D, precision="highest"))
-    sizes = squares.reshape(len(kernel), len(solutions) + 1, -1).sum(axis=(0, 2))
-    return sizes[1:] / jnp.maximum(sizes[0], jnp.finfo(jnp.float32).tiny)
+    size = lambda D: jnp.sum(D * (D if H is None else jnp.matmul(H, D, precision="highest")))  # noqa: E731
+    sizes = jnp.stack([size(columns.dense(grid, solved) - kernel) for solved in solutions])
+    return sizes / jnp.maximum(size(kernel), jnp.finfo(jnp.float32).tiny)
 
 
 def quantize_kernel(
