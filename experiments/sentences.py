@@ -105,18 +105,6 @@ def trained(
     return fit(label_loss, model, data, config, key=key).model
 
 
-def accuracy(model: nnx.Module, rows: dict[str, np.ndarray], batch: int) -> float:
-    """Share of rows whose largest logit is their label's. Where a model rounds its activations the batch's size counts:
-    its rows share a scale."""
-    apply, params = jf.functional(model)
-    predict = jax.jit(lambda params, batch: apply(params, batch).logits.argmax(-1))
-    n, hits = len(rows["labels"]), 0
-    for start in range(0, n, batch):
-        part = {name: x[start : start + batch] for name, x in rows.items() if name != "labels"}
-        hits += int((np.asarray(predict(params, part)) == rows["labels"][start : start + batch]).sum())
-    return hits / n
-
-
 def _read(root: Path, part: str, kinds: Sequence[str], field: str) -> Texts:
     names = [f"{part}.{kind}{gz}" for kind in kinds for gz in ("", ".gz")]
     file = next((root / name for name in names if (root / name).exists()), None)

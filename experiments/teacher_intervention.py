@@ -23,10 +23,11 @@ import numpy as np
 
 import jaxformers as jf
 from experiments import common, sentences
-from experiments.sentences import accuracy, encoded
+from experiments.sentences import encoded
 from jaxformers.compress.teacher_intervention import TIConfig, ternary_kernels, ti_objective
 from jaxformers.compress.teacher_intervention_qat import PAPER, qat
 from jaxformers.data.tokenizers import train_wordpiece
+from jaxformers.evaluation import accuracy
 from jaxformers.train import OptimConfig, TrainConfig
 from jaxformers.weights import fake_quantise
 
@@ -82,8 +83,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     train, dev = (encoded(tokenizer, data[part], config.length) for part in ("train", "dev"))
     ready = fake_quantise(teacher, ternary_kernels(teacher), inputs=TIConfig().inputs, attention=TIConfig().attention)
     found = {
-        "teacher": accuracy(teacher, dev, config.batch),
-        "ternary without training": accuracy(ready, dev, config.batch),
+        "teacher": accuracy(teacher, dev, batch_size=config.batch),
+        "ternary without training": accuracy(ready, dev, batch_size=config.batch),
     }
 
     rows, curves = [], {}
@@ -108,7 +109,8 @@ def run(config: Config, out: Path) -> dict[str, Any]:
                     for r in done.history[stage] if r["kind"] == "eval"
                 ]  # fmt: skip
             curves.setdefault(name, []).append(curve)
-            row = {"intervention": name, "seed": seed, **curve[-1], "packed": accuracy(done.packed, dev, config.batch)}
+            row = {"intervention": name, "seed": seed, **curve[-1]}
+            row["packed"] = accuracy(done.packed, dev, batch_size=config.batch)
             common.record(out, rows, row)
 
     table = [{"student": name, "accuracy": value} for name, value in found.items()]

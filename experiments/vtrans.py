@@ -25,10 +25,10 @@ from flax import nnx
 
 import jaxformers as jf
 from experiments import common, sentences
-from experiments.sentences import accuracy
 from jaxformers import gates, units
 from jaxformers.compress import VTransConfig, vib_prune, vtrans
 from jaxformers.data.tokenizers import Tokenizer, train_wordpiece
+from jaxformers.evaluation import accuracy
 from jaxformers.train import OptimConfig, TrainConfig
 
 ROWS = 250  # of the test set at once
@@ -92,7 +92,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     rows = {name: sentences.encoded(tokenizer, part, config.length) for name, part in texts.items()}
     if dense is None:
         dense = train_dense(config, tokenizer, rows["train"])
-    found = [{"method": "dense", "keep": 1.0, "seed": 0, "test": accuracy(dense, rows["test"], ROWS)}]
+    found = [{"method": "dense", "keep": 1.0, "seed": 0, "test": accuracy(dense, rows["test"], batch_size=ROWS)}]
     for seed in range(config.seeds):
         for keep in config.keep:
             for method in config.methods:
@@ -116,13 +116,14 @@ def one(config: Config, dense: nnx.Module, rows: dict, method: str, keep: float,
         )  # fmt: skip
         more = {name: done.report[name] for name in ("expected_sparsity", "actual_sparsity", "prune_seconds", "kept")}
         more["parameters"] = done.report["parameters"][1]
-        return {"test": accuracy(done.model, rows["test"], ROWS), "seconds": time.perf_counter() - began, **more}
+        found = accuracy(done.model, rows["test"], batch_size=ROWS)
+        return {"test": found, "seconds": time.perf_counter() - began, **more}
     cost = vtrans.costs(dense)
     masks = baseline_masks(dense, cost, keep, method, seed)
     small = finetuned(config, jf.compact(dense, masks), rows["train"], config.steps + config.finetune, key)
     hard = jax.tree.map(lambda m: (m != 0).astype(jnp.float32), masks)
     return {
-        "test": accuracy(small, rows["test"], ROWS), "seconds": time.perf_counter() - began,
+        "test": accuracy(small, rows["test"], batch_size=ROWS), "seconds": time.perf_counter() - began,
         "actual_sparsity": float(cost.sparsity(hard)), "parameters": parameters(small),
     }  # fmt: skip
 

@@ -199,15 +199,17 @@ def compress(
 ) -> None:
     """Compress a checkpoint by a recipe: a chain of methods, each on what the one before has made.
 
-    OUT receives a checkpoint after each step, report.json and figure.png: size against perplexity. An interrupted run
+    OUT receives a checkpoint after each step, report.json and figure.png: size against quality. An interrupted run
     goes on after its last finished step when the same command is given again.
 
     Args:
         model: directory in the Hugging Face layout, hub id, or all-MiniLM-L6-v2 where its package is installed.
         recipe: TOML file with a table [[step]] for each step: method, and its options.
         out: directory for the checkpoints and the report.
-        calibration: .txt, .jsonl (field text), or .npy of token ids (samples, length), for methods that need data.
-        evaluation: text or .npy on which perplexity is measured after each step.
+        calibration: for methods that need data: .txt, .jsonl (field text), .npy of token ids (samples, length), .npz of
+            inputs by name; for classifiers of sequences a .jsonl, .csv or .tsv table with text (text2) and label.
+        evaluation: what quality is measured on after each step: perplexity of a language model on a text or .npy,
+            accuracy of a classifier on an .npz with labels, or on a table.
         samples: calibration sequences drawn from text.
         length: tokens of each, and of the evaluation's windows; cut to what the model's positions allow.
         batch_size: windows a batch of the evaluation.

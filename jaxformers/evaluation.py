@@ -1,4 +1,4 @@
-"""Perplexity of causal language models, by the protocols that published numbers use.
+"""Perplexity of causal language models, by the protocols that published numbers use, and accuracy of classifiers.
 
 Source: GPTQ, arXiv 2210.17323, and its official code. A text is tokenised as a whole and cut into
 n = floor(N / length) disjoint windows, the tail dropped; with the cross-entropy of the length - 1 predictions of each,
@@ -8,7 +8,7 @@ n = floor(N / length) disjoint windows, the tail dropped; with the cross-entropy
 Numbers from different protocols differ by more than 4-bit quantisation costs: compare like with like.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,38 @@ def perplexity(model: nnx.Module, ids: Sequence[int] | np.ndarray, length: int, 
         padded = np.pad(part, ((0, min(batch_size, len(windows)) - len(part)), (0, 0)))  # one shape, one compile
         total += float(np.asarray(step(params, padded), np.float64)[: len(part)].sum())
     return float(np.exp(total / len(windows)))
+
+
+def accuracy(model: nnx.Module, rows: Mapping[str, np.ndarray], *, batch_size: int = 8) -> float:
+    """Share of labels that are their row's largest logit.
+
+    ``rows``: the model's inputs by name, and "labels" in the logits' shape without its last axis: (n,) for classes of
+    sequences, images and clips, (n, L) for those of tokens, where negative ones do not count. The last batch holds what
+    is left and no padding: the rows of a batch share a scale where a model rounds its activations.
+
+    Raises ValueError for rows without labels, of unequal numbers, or none, and for labels of another shape.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be positive")
+    if "labels" not in rows:
+        raise ValueError(f"rows: expected inputs by name and 'labels', got {', '.join(rows)}")
+    counts = {name: len(array) for name, array in rows.items()}
+    n = counts["labels"]
+    if n == 0 or set(counts.values()) != {n}:
+        raise ValueError(f"rows: expected as many of each and at least one, got {counts}")
+    apply, params = functional(model)
+    predict = jax.jit(lambda params, batch: apply(params, batch).logits.argmax(-1))
+    hits, counted = 0, 0
+    for start in range(0, n, batch_size):
+        batch = {name: array[start : start + batch_size] for name, array in rows.items()}
+        labels = np.asarray(batch.pop("labels"))
+        predicted = np.asarray(predict(params, batch))
+        if labels.shape != predicted.shape:
+            raise ValueError(f"rows: labels have shape {labels.shape}, expected {predicted.shape} as the logits say")
+        hits, counted = hits + int((predicted == labels).sum()), counted + int((labels >= 0).sum())
+    if not counted:
+        raise ValueError("rows: no label is at least 0")
+    return hits / counted
 
 
 def _step(apply: Callable[..., Any]) -> Callable[..., jax.Array]:

@@ -19,7 +19,6 @@ ones. A directory's name ends in a checksum of all that led to it: the model's w
 """
 
 import dataclasses
-import inspect
 import json
 import logging
 import shutil
@@ -37,15 +36,11 @@ from rich.table import Table
 
 from jaxformers import hub
 from jaxformers.atomic import write_json_atomic
-from jaxformers.compress.gptq import calibration_ids
 from jaxformers.compress.sweep import fingerprint
 from jaxformers.cost import cost, latency
-from jaxformers.data.text import read_labelled
-from jaxformers.data.tokenizers import load_tokenizer
-from jaxformers.evaluation import perplexity, windows_of_file
 from jaxformers.extras import require
 from jaxformers.functional import functional
-from jaxformers.models.config import positions_of
+from jaxformers.recipe_data import calibration_of_file, evaluation_of, example_of
 from jaxformers.recipe_steps import METHODS, Data
 
 log = logging.getLogger(__name__)
@@ -139,9 +134,9 @@ def run_recipe(
     out: str | Path,
     *,
     calibration: str | Path | np.ndarray | Mapping[str, np.ndarray] | None = None,
-    evaluation: str | Path | np.ndarray | None = None,
+    evaluation: str | Path | np.ndarray | Mapping[str, np.ndarray] | None = None,
     metric: Callable[[nnx.Module], float] | None = None,
-    metric_name: str = "perplexity",
+    metric_name: str = "quality",
     samples: int = 128,
     length: int = 2048,
     batch_size: int = 8,
@@ -152,15 +147,17 @@ def run_recipe(
     ``calibration``: what the steps measure on: token ids (sequences, length), the model's inputs by name (and "labels"
     of the rows, for steps that train), or a file: text, ``samples`` random windows of ``length`` tokens, cut to the
     model's positions; for a classifier of sequences a table with columns text (text2) and label, ``samples`` rows of
-    it, each cut to ``length`` tokens. ``evaluation``: windows of
-    token ids (n, length) or a file, for perplexity; ``metric(model) -> float`` (called ``metric_name``) stands in its
-    place where a model is no causal language model. ``batch_size``: of the evaluation. ``seed``: of the draw of the
-    calibration windows, and of each step's key.
+    it, each cut to ``length`` tokens; for any model an .npz of its inputs by name.
+
+    ``evaluation``: for causal language models windows of token ids (n, length) or a text, whose perplexity is reported;
+    for classifiers inputs by name with "labels", as arrays, an .npz, or (of sequences) a table, all of its rows:
+    accuracy. ``metric(model) -> float``, called ``metric_name``, stands in their place. ``batch_size``: of the
+    evaluation. ``seed``: of the draw of the calibration windows, and of each step's key.
 
     ``out`` receives a checkpoint per step, ``report.json`` (rewritten after each), and ``figure.png``: size against
     quality. Raises ValueError before anything is computed: for a recipe that cannot be read or names what is not known,
-    a step that needs calibration data (or their labels) where there are none, a model that perplexity is not defined
-    for.
+    a step that needs calibration data (or their labels) where there are none, an evaluation that is not defined for
+    the model.
     """
     steps, out = read_recipe(recipe), Path(out)
     for i, step in enumerate(steps):
@@ -170,12 +167,8 @@ def run_recipe(
         raise ValueError("evaluation, metric: give one of them")
     require("matplotlib", extra="plot")
     current = hub.load(model)
-    if evaluation is not None and current.head_name != "causal_lm":
-        raise ValueError(f"evaluation: perplexity needs a causal language model, not {type(current).__name__} with "
-                         f"head {current.head_name}; give metric, a function of the model")  # fmt: skip
     if isinstance(calibration, str | Path):
-        read = labelled_rows if _holds_rows(current, Path(calibration)) else calibration_ids
-        calibration = read(current, Path(calibration), samples=samples, length=length, seed=seed)
+        calibration = calibration_of_file(current, Path(calibration), samples=samples, length=length, seed=seed)
     labels = None
     if isinstance(calibration, Mapping):
         calibration = dict(calibration)
@@ -187,13 +180,11 @@ def run_recipe(
                 f"{current.head_name}; give its inputs by name with 'labels', or a classifier of sequences a .jsonl, "
                 ".csv or .tsv file with columns text and label"
             )
-    if isinstance(evaluation, str | Path):
-        positions = positions_of(current.config) or length
-        own = None if Path(evaluation).suffix == ".npy" else min(length, positions)
-        evaluation = windows_of_file(current, evaluation, own)
     if evaluation is not None:
-        metric = lambda m: perplexity(m, evaluation, evaluation.shape[1], batch_size=batch_size)  # noqa: E731
-    example = _example(current, calibration)
+        evaluation, metric, metric_name = evaluation_of(current, evaluation, length, batch_size)
+    # the inputs of a classifier of images or sounds are known from its data alone
+    alone = calibration is None and isinstance(evaluation, Mapping)
+    example = example_of(current, evaluation if alone else calibration)
 
     out.mkdir(parents=True, exist_ok=True)
     key = fingerprint(str(seed), [functional(current)[1], calibration, labels])
@@ -226,44 +217,6 @@ def run_recipe(
     report = Report(current, tuple(rows), metric_name)
     _draw(out / "figure.png", report)
     return report
-
-
-def _holds_rows(model: nnx.Module, file: Path) -> bool:
-    table = [suffix for suffix in file.suffixes if suffix != ".gz"][-1:]
-    return model.head_name == "sequence_classification" and bool({*table} & {".jsonl", ".ndjson", ".csv", ".tsv"})
-
-
-def labelled_rows(model: nnx.Module, file: Path, *, samples: int, length: int, seed: int) -> dict[str, np.ndarray]:
-    """The inputs of a classifier of sequences and "labels", for ``samples`` rows of a table drawn without repetition
-    (all, where there are fewer), by the tokenizer of the checkpoint that ``model`` came from.
-
-    Raises ValueError for a file that is no such table, and a label that the model does not have.
-    """
-    if not file.is_file():
-        raise ValueError(f"calibration: {file} does not exist")
-    texts, labels = read_labelled(file)
-    if not texts or labels.max() >= model.config.num_labels:
-        found = "no rows" if not texts else f"the label {labels.max()}"
-        raise ValueError(f"calibration: {file} has {found}; expected labels below {model.config.num_labels}")
-    chosen = np.random.default_rng(seed).permutation(len(texts))[:samples]
-    columns = zip(*(t if isinstance(t, tuple) else (t,) for t in (texts[i] for i in chosen)), strict=True)
-    tokenizer = load_tokenizer(model.source)
-    limits = (length, positions_of(model.config), tokenizer.max_length)
-    rows = tokenizer(*map(list, columns), max_length=min(limit for limit in limits if limit is not None))
-    inputs = inspect.signature(type(model).__call__).parameters
-    return {name: array for name, array in rows.items() if name in inputs} | {"labels": labels[chosen]}
-
-
-def _example(model: nnx.Module, calibration: Any) -> dict[str, np.ndarray]:
-    """One row of input, for the cost of a forward pass."""
-    if isinstance(calibration, Mapping):
-        return {name: np.asarray(array)[:1] for name, array in calibration.items()}
-    if calibration is not None:
-        return {"input_ids": np.asarray(calibration)[:1].astype(np.int32)}
-    if not hasattr(model.config, "vocab_size"):
-        raise ValueError("calibration: give the model's inputs by name, so that its cost can be measured")
-    length = min(128, positions_of(model.config) or 128)
-    return {"input_ids": np.zeros((1, length), np.int32)}
 
 
 def _measure(name: str, model: nnx.Module, example: Any, metric: Callable | None, directory: str | None) -> Row:

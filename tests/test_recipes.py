@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import jaxformers as jf
-from jaxformers import cli, recipes, weights
+from jaxformers import cli, recipe_data, weights
 from jaxformers.data.tokenizers import train_bpe, train_wordpiece
-from jaxformers.evaluation import perplexity
-from jaxformers.models import bert, llama
+from jaxformers.evaluation import accuracy, perplexity, windows_of_file
+from jaxformers.models import bert, llama, vit
 from jaxformers.recipe_steps import METHODS, Method
 from jaxformers.recipes import read_recipe, run_recipe
 
@@ -57,7 +57,7 @@ def test_what_a_recipe_makes_and_reports(source, done):
         isinstance(m.kernel.get_value(), weights.PackedWeight)
         for _, m in jf.surgery.find_linears(report.model.layers, "**")
     )
-    windows = recipes.windows_of_file(report.model, source / "text.txt", 16)
+    windows = windows_of_file(report.model, source / "text.txt", 16)
     for row in report.rows:
         model = jf.load(source / "model" if row.directory is None else out / row.directory)
         assert row.quality == pytest.approx(perplexity(model, windows, 16), rel=1e-5)
@@ -153,7 +153,7 @@ def test_files_and_data_that_cannot_be(source, tmp_path):
         run_recipe("m", [{"method": "dequantize"}, {"method": "gptq"}], tmp_path)
     tiny = bert.Config(40, 16, 2, 2, 24, pooler=False)
     jf.save(jf.init(tiny, head="masked_lm", key=jax.random.key(0)), tmp_path / "bert")
-    with pytest.raises(ValueError, match="needs a causal language model, not Bert with head masked_lm; give metric"):
+    with pytest.raises(ValueError, match="needs a causal language model, not Bert with head masked_lm; give a clas"):
         run_recipe(
             tmp_path / "bert",
             STEPS[1:],
@@ -205,12 +205,17 @@ def test_a_classifier_is_pruned_on_labelled_rows_then_packed(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     gates = {**GATES, "budget": {"params": 0.4}, "distil": True, "multiple": 32}
     steps = [gates, {"method": "gptq", "bits": 8, "group_size": -1}]
-    report = run_recipe(tmp_path / "m", steps, tmp_path / "o", calibration=tmp_path / "rows.jsonl", samples=16)
+    file = tmp_path / "rows.jsonl"
+    report = run_recipe(tmp_path / "m", steps, tmp_path / "o", calibration=file, evaluation=file, samples=16)
     source, small, packed = report.rows
     assert small.parameters < 0.75 * source.parameters and packed.bytes < small.bytes
 
     model = jf.load(tmp_path / "m")
-    rows = recipes.labelled_rows(model, tmp_path / "rows.jsonl", samples=16, length=4, seed=0)
+    told = [text.startswith("good") for text in words]
+    for row, tested in ((source, model), (packed, report.model)):  # all rows count, the calibration's draw or not
+        logits = np.concatenate([np.asarray(tested(**tokenizer([text])).logits) for text in words])
+        assert row.quality == pytest.approx(np.mean(logits.argmax(-1) == told)) and report.metric == "accuracy"
+    rows = recipe_data.labelled_rows(model, tmp_path / "rows.jsonl", samples=16, length=4, seed=0)
     assert set(rows) == {"input_ids", "attention_mask", "token_type_ids", "labels"}
     assert rows["input_ids"].shape == (16, 4)
     again = [tokenizer.decode(ids).split()[0] == "good" for ids in rows["input_ids"]]
@@ -218,6 +223,45 @@ def test_a_classifier_is_pruned_on_labelled_rows_then_packed(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "good", "label": 2}')
     with pytest.raises(ValueError, match=r"rows.jsonl has the label 2; expected labels below 2"):
         run_recipe(tmp_path / "m", steps, tmp_path / "o", calibration=tmp_path / "rows.jsonl")
+
+
+def test_a_classifier_of_images_is_measured_on_arrays(tmp_path, capsys):
+    shape = vit.Config(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=(8, 8),
+        patch_size=(4, 4), num_labels=3,
+    )  # fmt: skip
+    model = jf.init(shape, head="image_classification", key=jax.random.key(0))
+    jf.save(model, tmp_path / "m")
+    pixels = np.random.default_rng(0).standard_normal((10, 3, 8, 8)).astype(np.float32)
+    labels = np.arange(10) % 3
+    np.savez(tmp_path / "rows.npz", pixel_values=pixels, labels=labels)
+    (tmp_path / "r.toml").write_text('[[step]]\nmethod = "gptq"\nbits = 8\ngroup_size = -1\n')
+    files = [f"--{name}={tmp_path / 'rows.npz'}" for name in ("calibration", "evaluation")]
+    cli.main(["compress", str(tmp_path / "m"), "--recipe", str(tmp_path / "r.toml"), f"--out={tmp_path / 'o'}", *files])
+    right = np.mean(np.asarray(model(pixels).logits).argmax(-1) == labels)
+    assert "accuracy" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "o" / "report.json").read_text())["rows"].values()
+    assert [r["quality"] for r in rows] == [right, right]
+
+    assert accuracy(model, {"pixel_values": pixels, "labels": labels}, batch_size=4) == right
+    run = lambda data: run_recipe(tmp_path / "m", STEPS[1:], tmp_path / "p", calibration=data, evaluation=data)
+    (tmp_path / "rows.npz").write_bytes(b"no archive")
+    for data, message in (
+        ({"pixel_values": pixels}, "evaluation: accuracy needs 'labels' beside pixel_values"),
+        (tmp_path / "rows.npz", "calibration: .*rows.npz cannot be read as arrays by name"),
+        (pixels, "evaluation: perplexity needs a causal language model, not .* with head image_classification"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(data)
+    assert not (tmp_path / "p").exists()
+    for rows, message in (
+        ({"pixel_values": pixels}, "expected inputs by name and 'labels', got pixel_values"),
+        ({"pixel_values": pixels, "labels": labels[:9]}, "as many of each"),
+        ({"pixel_values": pixels, "labels": labels[:, None]}, r"labels have shape \(8, 1\), expected \(8,\)"),
+        ({"pixel_values": pixels, "labels": labels - 3}, "no label is at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            accuracy(model, rows)
 
 
 def test_a_metric_of_ones_own(tmp_path):
