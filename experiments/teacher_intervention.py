@@ -10,7 +10,8 @@ are made ternary without training.
 
 Data: `--data` a directory with train.tsv and dev.tsv, sentence and label (default: sst2_small beside the repository,
 else: from which package of the standard library is this line of code?). `--teacher`: a checkpoint fine-tuned on it;
-None trains one of the sizes below.
+`--encoder`: a pre-trained one, which is fine-tuned here first; without either one of the sizes below begins from random
+weights.
 """
 
 import dataclasses
@@ -19,14 +20,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from flax import nnx
 
 import jaxformers as jf
 from experiments import common, sentences
 from experiments.sentences import encoded
 from jaxformers.compress.teacher_intervention import TIConfig, ternary_kernels, ti_objective
 from jaxformers.compress.teacher_intervention_qat import PAPER, qat
-from jaxformers.data.tokenizers import train_wordpiece
+from jaxformers.data.tokenizers import Tokenizer, train_wordpiece
 from jaxformers.evaluation import accuracy
 from jaxformers.train import OptimConfig, TrainConfig
 from jaxformers.weights import fake_quantise
@@ -34,11 +35,12 @@ from jaxformers.weights import fake_quantise
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """`steps`: of each student, `step1` of them with the intervention. `dropout`: of the students; the teacher too
-    where it is trained here. `shape`: the teacher's architecture, for dry runs. `rows`: of the training set, at most.
-    Lengths are in tokens, batches in rows."""
+    """`steps`: of each student, `step1` of them with the intervention. `teacher_steps` and `teacher_rate`: of a teacher
+    that is trained here. `dropout`: of the students; the teacher too where it is trained here. `shape`: the teacher's
+    architecture, for dry runs. `rows`: of the training set, at most. Lengths are in tokens, batches in rows."""
 
     teacher: str | None = None
+    encoder: str | None = None
     shape: str | None = None
     data: Path | None = None
     interventions: tuple[str, ...] = ("none", "gradual")
@@ -74,12 +76,7 @@ PRESETS = {
 
 def run(config: Config, out: Path) -> dict[str, Any]:
     data = sentences.labelled_texts(config.data, config.rows)
-    if config.teacher is not None:
-        rates = {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
-        teacher, tokenizer = common.pretrained(config.teacher, **rates)
-    else:
-        tokenizer = train_wordpiece(data["train"][0], config.vocab, max_length=config.length)
-        teacher = trained_teacher(config, encoded(tokenizer, data["train"], config.length), tokenizer)
+    teacher, tokenizer = teacher_of(config, data["train"])
     train, dev = (encoded(tokenizer, data[part], config.length) for part in ("train", "dev"))
     ready = fake_quantise(teacher, ternary_kernels(teacher), inputs=TIConfig().inputs, attention=TIConfig().attention)
     found = {
@@ -129,17 +126,28 @@ def run(config: Config, out: Path) -> dict[str, Any]:
     return {"task": data["task"], **found, "rows": rows, "curves": curves}
 
 
-def trained_teacher(config: Config, rows: dict[str, np.ndarray], tokenizer: Any) -> Any:
-    """A BERT trained on the task from scratch."""
-    sizes = {name: getattr(config, name) for name in ("width", "layers", "heads", "length", "dropout")}
-    labels = int(rows["labels"].max()) + 1
-    model = sentences.new_classifier(tokenizer, labels, **sizes, key=jax.random.key(1234))
-    train = TrainConfig(
+def teacher_of(config: Config, train: sentences.Texts) -> tuple[nnx.Module, Tokenizer]:
+    """A fine-tuned checkpoint as it is, or a pre-trained encoder or a new BERT, trained on the task."""
+    if config.teacher is not None and config.encoder is not None:
+        raise ValueError("teacher, encoder: give one of them")
+    rates = {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
+    if config.teacher is not None:
+        return common.pretrained(config.teacher, **rates)
+    labels, key = int(train[1].max()) + 1, jax.random.key(1234)
+    if config.encoder is not None:
+        task = {"head": "sequence_classification", "num_labels": labels, "key": key}
+        model, tokenizer = common.pretrained(config.encoder, **task, **rates)
+    else:
+        tokenizer = train_wordpiece(train[0], config.vocab, max_length=config.length)
+        sizes = {name: getattr(config, name) for name in ("width", "layers", "heads", "length", "dropout")}
+        model = sentences.new_classifier(tokenizer, labels, **sizes, key=key)
+    training = TrainConfig(
         steps=config.teacher_steps,
         optim=OptimConfig(learning_rate=config.teacher_rate, warmup=0.1, weight_decay=0.01),
         log_every=max(config.teacher_steps // 20, 1),
     )
-    return sentences.trained(model, rows, config.batch, train, key=jax.random.key(1))
+    rows = encoded(tokenizer, train, config.length)
+    return sentences.trained(model, rows, config.batch, training, key=jax.random.key(1)), tokenizer
 
 
 def draw(fig: Any, curves: dict[str, list], found: dict[str, float]) -> None:
