@@ -1,6 +1,6 @@
 """Compile time of a 12-layer train step: layers as a Python loop, as a scan, with and without rematerialisation.
 
-    python benchmarks/train_compile.py [--layers 12] [--rounds 3] [--out benchmarks/results/train_compile.md]
+    python benchmarks/compile.py [--layers 12] [--rounds 3] [--out benchmarks/results/compile.md]
 
 A masked-LM BERT, batch 8 × 128, AdamW in float32, the step that `fit` compiles (forward, backward, clipping, update).
 Each measurement is a process of its own without a compilation cache; "from the cache" is a second process that finds
@@ -130,7 +130,7 @@ def main() -> None:
     versions = ", ".join(f"{p} {version(p)}" for p in ("jax", "jaxlib", "flax", "optax"))
     lines += [
         "",
-        f"- command: `python benchmarks/train_compile.py --layers {args.layers} --width {args.width} "
+        f"- command: `python benchmarks/compile.py --layers {args.layers} --width {args.width} "
         f"--rounds {args.rounds}`",
         f"- machine: {cpu}, {len(os.sched_getaffinity(0))} cores, {platform.system()}, Python "
         f"{platform.python_version()}",
