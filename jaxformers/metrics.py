@@ -1,7 +1,8 @@
 """Evaluation metrics shared by several systems, in float64 numpy.
 
-Retrieval (who is the right neighbour), pair scores (same or not), classification, segmentation, and clustering. Every
-function takes array-likes, checks them, and returns Python floats, or counts; nothing here needs scikit-learn.
+Retrieval (who is the right neighbour), pair scores (same or not), classification, regression, segmentation,
+and clustering. Every function takes array-likes, checks them, and returns Python floats, or counts; nothing here needs
+scikit-learn.
 """
 
 from __future__ import annotations
@@ -227,6 +228,45 @@ def precision_recall_f1(true: ArrayLike, predicted: ArrayLike, average: str = "b
 def macro_f1(true: ArrayLike, predicted: ArrayLike) -> float:
     """Mean over classes of F1."""
     return precision_recall_f1(true, predicted, "macro")[2]
+
+
+def matthews(true: ArrayLike, predicted: ArrayLike) -> float:
+    """Matthews' correlation of two lists of classes: cov(t, p) / sqrt(cov(t, t) cov(p, p)) of their one-hot rows.
+
+    In -1..1, for any number of classes (Gorodkin 2004); 0 where all true or all predicted labels are one class.
+    """
+    true, predicted = _paired(true, predicted)
+    classes = np.unique(np.concatenate([true, predicted]))
+    t, p = ((labels[:, None] == classes).astype(np.float64) for labels in (true, predicted))
+    cov = lambda a, b: ((a - a.mean(0)) * (b - b.mean(0))).sum()
+    spread = np.sqrt(cov(t, t) * cov(p, p))
+    return float(cov(t, p) / spread) if spread else 0.0
+
+
+# ----------------------------------------------------------------------------------------------------- regression
+
+
+def pearson(true: ArrayLike, predicted: ArrayLike) -> float:
+    """Pearson's correlation of two lists of numbers; 0 where one of them is constant. ValueError for NaN."""
+    true, predicted = (np.asarray(x, np.float64) for x in _paired(true, predicted))
+    if not (np.isfinite(true).all() and np.isfinite(predicted).all()):
+        raise ValueError("true and predicted must be finite")
+    t, p = true - true.mean(), predicted - predicted.mean()
+    spread = np.sqrt((t @ t) * (p @ p))
+    return float(t @ p / spread) if spread else 0.0
+
+
+def spearman(true: ArrayLike, predicted: ArrayLike) -> float:
+    """Spearman's correlation: Pearson's of the ranks, equal numbers sharing the mean of theirs."""
+
+    def ranks(x: np.ndarray) -> np.ndarray:
+        _, run, count = np.unique(x, return_inverse=True, return_counts=True)
+        return (np.cumsum(count) - (count - 1) / 2)[run]
+
+    true, predicted = (np.asarray(x, np.float64) for x in _paired(true, predicted))
+    if not (np.isfinite(true).all() and np.isfinite(predicted).all()):
+        raise ValueError("true and predicted must be finite")
+    return pearson(ranks(true), ranks(predicted))
 
 
 # ---------------------------------------------------------------------------------------------------- segmentation
