@@ -80,7 +80,7 @@ def encoded(tokenizer: Tokenizer, part: Texts, length: int, *, padded: bool = Tr
 
 def new_classifier(
     tokenizer: Tokenizer, labels: int, *, width: int, layers: int, heads: int, length: int, inner: int | None = None,
-    dropout: float = 0.1, attention_dropout: float | None = None, key: jax.Array,
+    dropout: float = 0.1, attention_dropout: float | None = None, head: str = "sequence_classification", key: jax.Array,
 ) -> nnx.Module:  # fmt: skip
     """A BERT of random weights; by default with four times its width inside, and the same dropout everywhere."""
     size = bert.Config(
@@ -88,7 +88,7 @@ def new_classifier(
         max_position_embeddings=length, hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout if attention_dropout is None else attention_dropout,
     )  # fmt: skip
-    return jf.init(size, head="sequence_classification", key=key)
+    return jf.init(size, head=head, key=key)
 
 
 def label_loss(apply: Any, params: Any, batch: Any, key: Any) -> tuple[jax.Array, dict[str, Any]]:
@@ -98,11 +98,12 @@ def label_loss(apply: Any, params: Any, batch: Any, key: Any) -> tuple[jax.Array
 
 
 def trained(
-    model: nnx.Module, rows: dict[str, np.ndarray], batch: int, config: TrainConfig, *, key: jax.Array, seed: int = 0
-) -> nnx.Module:
+    model: nnx.Module, rows: dict[str, np.ndarray], batch: int, config: TrainConfig, *, key: jax.Array, seed: int = 0,
+    loss: Any = label_loss,
+) -> nnx.Module:  # fmt: skip
     """``model`` trained on labelled rows; ``seed``: of their order."""
-    data = array_batches(rows, min(batch, len(rows["labels"])), seed=seed)
-    return fit(label_loss, model, data, config, key=key).model
+    data = array_batches(rows, min(batch, len(rows["input_ids"])), seed=seed)
+    return fit(loss, model, data, config, key=key).model
 
 
 def _read(root: Path, part: str, kinds: Sequence[str], field: str) -> Texts:

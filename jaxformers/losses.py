@@ -7,6 +7,9 @@ up to 100, which bfloat16 passes of an accelerator would turn into noise.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -37,6 +40,26 @@ def cross_entropy(
     weight = jnp.where(kept, weights[inside], 0.0)
     total = jnp.sum(weight)
     return -jnp.sum(weight * picked) / jnp.where(total > 0, total, 1.0)
+
+
+def sample_losses(output: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The loss of each sample (B,) of a model's output with logits, by the targets that ``batch`` has.
+
+    "labels" (B,): cross-entropy of classes, or of numbers (floating) the squared error; (B, L): of tokens, a mean over
+    those with a label from 0 on; "start_positions" and "end_positions" (B,): of a span's ends, the mean of the two.
+    """
+    logits = output.logits.astype(jnp.float32)
+    picked = lambda scores, at: -jnp.take_along_axis(jax.nn.log_softmax(scores), at[..., None], -1)[..., 0]
+    if "start_positions" in batch:
+        ends = [batch["start_positions"], batch["end_positions"]]
+        return sum(picked(logits[..., i], end.clip(0, logits.shape[1] - 1)) for i, end in enumerate(ends)) / 2
+    labels = batch["labels"]
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        return jnp.square(logits.reshape(len(labels), -1) - labels.reshape(len(labels), -1)).mean(-1)
+    if labels.ndim == 1:
+        return picked(logits, labels)
+    real = labels >= 0
+    return jnp.where(real, picked(logits, jnp.maximum(labels, 0)), 0).sum(-1) / jnp.maximum(real.sum(-1), 1)
 
 
 def kl_divergence(

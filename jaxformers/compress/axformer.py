@@ -37,6 +37,7 @@ from jaxformers import compaction, gates, nn, sites
 from jaxformers.atomic import write_text_atomic
 from jaxformers.compress.axformer_structure import Structure, hard_layers, masks_of
 from jaxformers.functional import functional
+from jaxformers.losses import sample_losses
 from jaxformers.mesh import batch_ways
 from jaxformers.train import FitResult, TrainConfig, fit, placement
 
@@ -266,23 +267,6 @@ def evaluator(
 
     evaluate.program = program
     return evaluate
-
-
-def sample_losses(output: nn.Output, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """The loss of each sample (B,): cross-entropy of classes, of tokens (mean over those with a label) or of a span's
-    ends (mean of the two), squared error of numbers."""
-    logits = output.logits.astype(jnp.float32)
-    picked = lambda scores, at: -jnp.take_along_axis(jax.nn.log_softmax(scores), at[..., None], -1)[..., 0]
-    if "start_positions" in batch:
-        ends = [batch["start_positions"], batch["end_positions"]]
-        return sum(picked(logits[..., i], end.clip(0, logits.shape[1] - 1)) for i, end in enumerate(ends)) / 2
-    labels = batch["labels"]
-    if jnp.issubdtype(labels.dtype, jnp.floating):
-        return jnp.square(logits.reshape(len(labels), -1) - labels.reshape(len(labels), -1)).mean(-1)
-    if labels.ndim == 1:
-        return picked(logits, labels)
-    real = labels >= 0
-    return jnp.where(real, picked(logits, jnp.maximum(labels, 0)), 0).sum(-1) / jnp.maximum(real.sum(-1), 1)
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,6 +64,7 @@ def qat(
     metric: Callable[[np.ndarray, np.ndarray], Mapping[str, float]] | None = None,
     directory: str | Path | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    step1_eval_every: int | None = None,
 ) -> Quantised:
     """Quantise `teacher`, a fine-tuned classifier or regressor, to ternary weights by training.
 
@@ -79,6 +80,7 @@ def qat(
         heldout: rows with labels, for `eval_loss` and `metric(logits, labels)` (default: accuracy; for one output the
             Pearson correlation), without intervention; in step 1 also with it, as `eval_<name>_with`.
         directory: keeps metrics and checkpoints of both steps; the same call goes on where it stopped.
+        step1_eval_every: steps between evaluations in step 1; None: `train.eval_every`, as in step 2.
 
     Raises ValueError, before any compute, when the models differ in shape, `step1` leaves no step for step 2, or a
     pattern matches no weight.
@@ -107,9 +109,10 @@ def qat(
             continue
         # step 2 must find what step 1 left, when it is to be taken up again
         saves = train.checkpoint_every or (0 if directory is None else len(marks))
+        often = step1_eval_every if name == "step1" and step1_eval_every is not None else train.eval_every
         run = dataclasses.replace(
-            train, steps=len(marks), freeze=(*train.freeze, *freeze), checkpoint_every=saves
-        )  # fmt: skip
+            train, steps=len(marks), freeze=(*train.freeze, *freeze), checkpoint_every=saves, eval_every=often
+        )
         batches = array_batches(data, batch_size, seed=i) if isinstance(data, Mapping) else data
         measure = measures and functools.partial(measures, marks)
         place = None if directory is None else Path(directory) / name

@@ -50,9 +50,12 @@ class DistilConfig:
 def ce_loss(
     teacher: Float[Array, "*batch classes"], student: Float[Array, "*batch classes"], temperature: float = 2.0
 ) -> Float[Array, ""]:
-    """T² KL, a mean over the batch (and positions)."""
+    """T² KL, a mean over the batch (and positions); of a single output, a regression's, which has no distribution, the
+    squared error."""
     if teacher.shape != student.shape:
         raise ValueError(f"teacher: its logits have shape {teacher.shape}, the student's {student.shape}; same labels?")
+    if teacher.shape[-1] == 1:
+        return jnp.square(teacher - student).mean()
     return temperature**2 * kl_divergence(teacher, student, temperature=temperature).mean()
 
 

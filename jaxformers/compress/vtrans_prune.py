@@ -34,7 +34,7 @@ from jaxformers.compress.vtrans_train import (
 )
 from jaxformers.data.batches import array_batches
 from jaxformers.functional import functional, with_params
-from jaxformers.losses import cross_entropy
+from jaxformers.losses import cross_entropy, sample_losses
 from jaxformers.sites import reap
 from jaxformers.token_losses import next_labels
 from jaxformers.train.config import TrainConfig
@@ -84,7 +84,7 @@ def vib_prune(
             ``embeddings``. FLOPs are those of one sequence of the rows' length.
         units: what may go, of hidden, heads, ffn, layers.
         teacher: a model of the same labels to distil from, such as ``model`` itself; without it the loss of the task
-            trains. ``loss(output, batch)``: the task's, by default cross-entropy of the labels, or of the next token.
+            trains. ``loss(output, batch)``: the task's, by default as :func:`default_loss`.
         directory: receives the two runs' metrics and checkpoints, see `jaxformers.train.fit`.
 
     Returns a :class:`Pruned`. Raises ValueError for a budget that is no share, or below what the parts cost that may
@@ -141,10 +141,13 @@ def vib_prune(
 
 
 def default_loss(model: nnx.Module, data: Mapping[str, Any]) -> Loss:
-    """Cross-entropy of ``batch["labels"]``, or of the next token where there are none and ``model`` is causal.
+    """The error of ``batch["labels"]``, cross-entropy of classes and squared error of numbers (floating), or where
+    there are none and ``model`` is causal cross-entropy of the next token.
 
     Raises ValueError where neither is there.
     """
+    if "labels" in data and jnp.issubdtype(data["labels"].dtype, jnp.floating):
+        return lambda out, batch: sample_losses(out, batch).mean()
     if "labels" in data:
         return lambda out, batch: cross_entropy(out.logits, batch["labels"])
     if model.head_name != "causal_lm":
