@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxformers as jf
-from experiments import axformer, glue, teacher_intervention, vtrans
+from experiments import axformer, essential_sparsity, glue, teacher_intervention, vtrans
 from jaxformers.data.tokenizers import train_wordpiece
 
 
@@ -97,3 +97,17 @@ def test_axformer_on_squad(squad_files, tmp_path):
         logits[np.arange(len(logits)), rows.data[name], k] = 9.0
     logits[:, 0] = 0
     assert glue.scored("squad", logits, rows, raw["test"]) == {"exact_match": 1, "f1": 1}
+
+
+def test_essential_sparsity_of_a_task(squad_files, tmp_path):
+    changes = {"task": "squad", "data": squad_files, "task_length": 20, "task_steps": 2, "task_rate": 1e-3}
+    config = dataclasses.replace(essential_sparsity.PRESETS["smoke"], **changes, width=16)
+    result = essential_sparsity.run(config, run_directory(tmp_path))
+    assert [(c["method"], c["finetuned"]) for c in result["curves"]] == [("magnitude", True), ("random", True)]
+    assert result["score"] == "f1" and all(0 <= v <= 1 for c in result["curves"] for v in c["metric"])
+    assert result["tickets"][0]["sparsity"] == pytest.approx(0.2, abs=0.001)
+    saved = jf.load(tmp_path / "run/model-essential")
+    assert saved.head_name == "question_answering"
+    paper = dataclasses.replace(essential_sparsity.PRESETS["paper"], task="squad")
+    settings = glue.filled(paper, essential_sparsity.TASKS, ())
+    assert (settings.task_length, settings.task_rate, settings.epochs, settings.task_batch) == (384, 3e-5, 3, 64)
