@@ -72,7 +72,7 @@ def steps_of(steps: int | None, epochs: float, rows: int, batch: int) -> int:
 def classes_only(task: str | None, system: str) -> None:
     """Raises ValueError for SQuAD, in an experiment whose losses are of classes and scores."""
     if is_span(task):
-        others = "axformer, essential_sparsity and minilm"
+        others = "axformer and essential_sparsity"
         raise ValueError(f"task: {system} distils classes and scores, {task} has neither; it runs in {others}")
 
 
