@@ -10,17 +10,24 @@
 `python -m experiments.gptq smoke --steps 5`, in the repository, starts from the preset `smoke`; without a name it is
 `small`. `--preset smoke` says the same. `--dry-run v5p:4x4x4 [--mesh data=64]` runs nothing: it compiles the step of
 the preset (`paper`, if none is named) for that TPU topology, on this machine, and tells whether it fits.
+
+Several processes that are started as for `jaxformers train` (`launch/`, or by `--coordinator host:port --processes n
+--process i`) train together, on all their devices along data. Everything else each of them does for itself, and of what
+they write beside checkpoints the files of process 0 are kept.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 import tyro
 from flax import nnx
@@ -31,6 +38,7 @@ import jaxformers as jf
 from jaxformers.atomic import write_json_atomic
 from jaxformers.compilation import enable_cache
 from jaxformers.data.tokenizers import Tokenizer, load_tokenizer
+from jaxformers.distributed import initialize
 from jaxformers.extras import require
 
 Config = TypeVar("Config")
@@ -80,21 +88,41 @@ def main(
     topology = _taken(argv, "--dry-run")
     if topology is not None:
         return dry_run(system, presets, step, topology, argv)
+    coordinator, *numbers = (_taken(argv, f"--{name}") for name in ("coordinator", "processes", "process"))
+    try:
+        if not all(value is None or value.isdigit() for value in numbers):
+            raise ValueError(f"processes, process: expected numbers, got {' and '.join(map(str, numbers))}")
+        initialize(coordinator, *(None if value is None else int(value) for value in numbers))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     about = (sys.modules["__main__"].__doc__ or "").strip().split("\n\n")[0]
     preset, config = parse(presets, argv, about=about)
     enable_cache()
-    out = run_directory(system)
-    write_json_atomic(out / "config.json", {"system": system, "preset": preset, **plain(dataclasses.asdict(config))})
-    began = time.perf_counter()
-    try:
-        result = dict(run(config, out))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    result["seconds"] = round(time.perf_counter() - began, 1)
-    write_json_atomic(out / "result.json", plain(result))
-    Console().print(f"everything is in {out}", highlight=False, soft_wrap=True)
+    with contextlib.ExitStack() as stack:
+        if first():
+            out = run_directory(system)
+        else:  # `fit` writes where process 0 says; what this one writes beside goes
+            out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{system}-")))
+        write_json_atomic(
+            out / "config.json", {"system": system, "preset": preset, **plain(dataclasses.asdict(config))}
+        )
+        began = time.perf_counter()
+        try:
+            result = dict(run(config, out))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
+        result["seconds"] = round(time.perf_counter() - began, 1)
+        write_json_atomic(out / "result.json", plain(result))
+        if first():
+            Console().print(f"everything is in {out}", highlight=False, soft_wrap=True)
     return result
+
+
+def first() -> bool:
+    """Whether this is process 0, whose tables are printed and whose files are kept."""
+    return jax.process_index() == 0
 
 
 def dry_run(
@@ -187,6 +215,8 @@ def table(title: str, rows: Iterable[Mapping[str, Any]], *, columns: Sequence[st
         shown.add_column(c, justify="right" if numeric[c] else "left", no_wrap=True)
     for row in rows:
         shown.add_row(*(_cell(row.get(c)) for c in columns))
+    if not first():
+        return
     console = Console()
     # a file or a pipe has no width: give the table what it needs
     (console if console.is_terminal else Console(width=200)).print(shown)

@@ -29,7 +29,7 @@ from experiments.sentences import labelled_texts
 from jaxformers import losses
 from jaxformers.compress import minilm
 from jaxformers.compress.minilm_distil import StudentConfig, distil, pack, student_model
-from jaxformers.data.batches import array_batches
+from jaxformers.data.batches import array_batches, heldout_batches
 from jaxformers.data.text import english_text, read_texts, split_documents
 from jaxformers.data.tokenizers import Tokenizer, load_tokenizer, train_wordpiece
 from jaxformers.extras import require
@@ -182,8 +182,7 @@ def batches(
     for given, rows in ((texts, config.rows), (heldout, config.heldout_rows)):
         packed = {k: v[:rows] for k, v in pack(given, tokenizer, config.length).items()}
         found.append(minilm.teacher_rows(teacher, packed, variants) if config.ask_once else packed)
-    once = {"shuffle": False, "epochs": 1, "drop_remainder": False}
-    return array_batches(found[0], config.batch), array_batches(found[1], config.batch, **once)
+    return array_batches(found[0], config.batch), heldout_batches(found[1], config.batch)
 
 
 def probe(model: Any, tokenizer: Tokenizer, data: dict[str, Any], length: int) -> float:
@@ -236,7 +235,7 @@ def train_teacher(
     )
     data = array_batches(pack(texts, tokenizer, config.length), config.teacher_batch)
     rows = {k: v[: 4 * config.heldout_rows] for k, v in pack(heldout, tokenizer, config.length).items()}
-    held = array_batches(rows, config.teacher_batch, shuffle=False, epochs=1, drop_remainder=False)
+    held = heldout_batches(rows, config.teacher_batch)
     everything = {"model": params, "head": head}
     done = fit(objective, everything, data, train, key=jax.random.key(1), eval_data=held, directory=out / "teacher-run")
     teacher = jf.with_params(model, done.params["model"])

@@ -21,7 +21,7 @@ from flax import nnx
 
 from jaxformers import hub, paths
 from jaxformers.compress.minilm import MiniLMConfig, check_models, is_causal, minilm_objective
-from jaxformers.data.batches import array_batches
+from jaxformers.data.batches import array_batches, heldout_batches
 from jaxformers.data.text import join_documents, pack_blocks, read_texts, windows
 from jaxformers.data.tokenizers import Tokenizer, load_tokenizer
 from jaxformers.functional import functional, with_params
@@ -129,8 +129,7 @@ def distil(
     data = corpus if not reads_text else array_batches(pack(corpus, tokenizer, max_length), batch_size)
     held = heldout
     if packs_heldout:
-        once = {"shuffle": False, "epochs": 1, "drop_remainder": False}
-        held = array_batches(pack(heldout, tokenizer, max_length), batch_size, **once)
+        held = heldout_batches(pack(heldout, tokenizer, max_length), batch_size)
     history = {}
     for above, (name, below), stage in zip(chain, models.items(), stages, strict=False):
         options = {"scan_layers": train.scan_layers, "remat": train.remat}

@@ -147,7 +147,8 @@ def evaluate(model: Any, data: Segmentation, *, batch_size: int = 8) -> dict[str
         return jnp.bincount(cell.ravel(), length=data.classes**2 + 1)[:-1]
 
     total = np.zeros(data.classes**2, np.int64)
-    for batch in segmentation_batches(data, batch_size, shuffle=False, epochs=1, drop_remainder=False):
+    once = {"shuffle": False, "epochs": 1, "drop_remainder": False}
+    for batch in segmentation_batches(data, batch_size, shared=False, **once):
         total += np.asarray(counts(params, batch), np.int64)
     return intersection_over_union(total.reshape(data.classes, data.classes), void=void_class)
 

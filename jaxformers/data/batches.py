@@ -28,6 +28,7 @@ def array_batches(
     drop_remainder: bool = True,
     transform: Callable[[Batch], Batch] | None = None,
     threads: int = 1,
+    shared: bool = True,
 ) -> grain.IterDataset:
     """Rows of ``arrays`` ({name: (n, …)}, numpy or anything that takes an index array): {name: (batch, …)}.
 
@@ -36,6 +37,7 @@ def array_batches(
         drop_remainder: leave out the last, smaller batch of each pass. Keep it for evaluation.
         transform: a pure function of a batch, run in the loading thread.
         threads: loading threads; 0 loads when asked.
+        shared: each of several processes gets its rows of a batch, as `fit` takes them; else all rows.
 
     Raises ValueError for arrays of unequal length, none at all, or a batch larger than the data or not divisible by
     the number of processes.
@@ -50,7 +52,38 @@ def array_batches(
         return transform(batch) if transform is not None else batch
 
     order = lambda epoch: _permutation(len(next(iter(rows.values()))), seed, epoch, shuffle)
-    return _dataset(order, next(iter(sizes.values())), batch_size, gather, epochs, drop_remainder, threads)
+    n = next(iter(sizes.values()))
+    return _dataset(order, n, batch_size, gather, epochs, drop_remainder, threads, shared=shared)
+
+
+def heldout_batches(arrays: Mapping[str, Any], batch_size: int) -> grain.IterDataset:
+    """:func:`array_batches` for evaluation: once through all rows in their order.
+
+    Of several processes each device needs as many rows as every other: of the last rows those that cannot be spread
+    are left out then, fewer than there are devices. Errors as :func:`array_batches`.
+    """
+    if jax.process_count() > 1:
+        ways = jax.device_count()
+        whole = min(len(a) for a in arrays.values()) // ways * ways
+        if not whole:
+            raise ValueError(f"arrays: expected at least one row for each of {ways} devices")
+        arrays, batch_size = {name: a[:whole] for name, a in arrays.items()}, min(batch_size, whole)
+    return array_batches(arrays, batch_size, shuffle=False, epochs=1, drop_remainder=False)
+
+
+def own_rows(batch: Any) -> Any:
+    """This process's rows of a batch (a tree of arrays) that all processes have made alike; alone: all of them.
+
+    Raises ValueError for rows that do not divide over the processes.
+    """
+    n = jax.process_count()
+
+    def part(x: np.ndarray) -> np.ndarray:
+        if len(x) % n:
+            raise ValueError(f"batch_size: expected a multiple of the {n} processes, got {len(x)} rows")
+        return x[jax.process_index() * len(x) // n : (jax.process_index() + 1) * len(x) // n]
+
+    return batch if n == 1 else jax.tree.map(part, batch)
 
 
 def token_batches(
@@ -153,9 +186,10 @@ def _dataset(
     drop_remainder: bool,
     threads: int,
     whole: bool = False,
+    shared: bool = True,
 ) -> grain.IterDataset:
     """Batch number i of the endless sequence of epochs; ``order(epoch)`` is a permutation of the n examples."""
-    processes, process = jax.process_count(), jax.process_index()
+    processes, process = (jax.process_count(), jax.process_index()) if shared else (1, 0)
     if batch_size < 1 or batch_size % processes:
         raise ValueError(f"batch_size: expected a multiple of the {processes} processes, got {batch_size}")
     if drop_remainder and batch_size > n:

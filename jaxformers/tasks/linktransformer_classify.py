@@ -205,6 +205,7 @@ def _fit_classifier(
     import jax.numpy as jnp
 
     from jaxformers import train
+    from jaxformers.data.batches import own_rows
     from jaxformers.embedding import forward_texts
     from jaxformers.functional import with_params
     from jaxformers.tasks.linktransformer_data import tokenize
@@ -221,7 +222,8 @@ def _fit_classifier(
             for start in range(0, len(order) - size + 1, size):
                 rows = order[start : start + size]
                 part = [texts[i] for i in rows]
-                yield {"inputs": tokenize(model, tokenizer, part, max_length), "labels": labels[rows]}
+                batch = {"inputs": tokenize(model, tokenizer, part, max_length), "labels": labels[rows]}
+                yield own_rows(batch)
 
     def objective(apply, params, batch, key):
         logits = apply(params, batch["inputs"], rngs=key).logits

@@ -217,6 +217,8 @@ def grouped_batches(
     Each epoch shuffles every class, cuts it into couples (of an odd class one text waits for another epoch), shuffles
     the couples and fills batches; couples that fill no batch wait as well.
     """
+    from jaxformers.data.batches import own_rows
+
     rng = np.random.default_rng(seed)
     while True:
         couples = []
@@ -228,11 +230,13 @@ def grouped_batches(
         for start in range(0, len(couples) - per_batch + 1, per_batch):
             part = couples[start : start + per_batch]
             labels = np.array([c[0] for c in part for _ in range(2)], np.int32)
-            yield {"inputs": tokenize([text for c in part for text in c[1:]]), "labels": labels}
+            yield own_rows({"inputs": tokenize([text for c in part for text in c[1:]]), "labels": labels})
 
 
 def pair_batches(pairs: LabelledPairs, batch_size: int, seed: int, tokenize: Callable) -> Iterator[dict[str, Any]]:
     """Endless batches {left, right, labels} of pairs, shuffled anew each epoch."""
+    from jaxformers.data.batches import own_rows
+
     rng = np.random.default_rng(seed)
     size = min(batch_size, len(pairs))
     while True:
@@ -241,7 +245,7 @@ def pair_batches(pairs: LabelledPairs, batch_size: int, seed: int, tokenize: Cal
             rows = order[start : start + size]
             left, right = ([side[i] for i in rows] for side in (pairs.left, pairs.right))
             labels = np.array([pairs.labels[i] for i in rows], np.int32)
-            yield {"left": tokenize(left), "right": tokenize(right), "labels": labels}
+            yield own_rows({"left": tokenize(left), "right": tokenize(right), "labels": labels})
 
 
 def triplet_loss(features: jax.Array, labels: jax.Array, margin: float = 0.5) -> jax.Array:

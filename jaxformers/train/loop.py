@@ -31,6 +31,7 @@ from flax import nnx
 from jaxformers.compilation import enable_cache
 from jaxformers.distributed import Watch
 from jaxformers.mesh import constrained
+from jaxformers.mesh import mesh as make_mesh
 from jaxformers.train import placement
 from jaxformers.train.config import TrainConfig
 from jaxformers.train.flops import peak_flops
@@ -39,7 +40,7 @@ from jaxformers.train.optim import OptimConfig, make_optimizer, schedule
 from jaxformers.train.preempt import Sigterm
 from jaxformers.train.state import Flat, State, leaf_paths, master, narrowed, split
 from jaxformers.train.step import Compiled, make_eval, make_step
-from jaxformers.train.stream import Stream, gather_states, own_state
+from jaxformers.train.stream import Stream, agreed, gather_states, own_state
 
 Objective = Callable[[Any, Any, Any, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -113,12 +114,14 @@ def fit(
             by ``eval_objective`` (default: ``objective``).
         evaluate: ``evaluate(params, step) -> {name: number}``, any further measurement. The arrays are overwritten by
             the next step: copy what is to be kept.
-        mesh: the batch is split over its axes data and fsdp. It defaults to the one that the parameters are on.
+        mesh: the batch is split over its axes data and fsdp. It defaults to the one that the parameters are on, else
+            where several processes run (`jaxformers.distributed`) to all their devices along data; what `evaluate` and
+            the caller get is then each process's own whole copy.
         shardings: a tree like the parameters that says where they go; without it they stay where they are on the mesh,
             else go by the table of `jaxformers.mesh`.
         directory: receives `metrics.jsonl`, `checkpoints/` and, if asked for, `tensorboard/`. A run found there is
             taken up where it stopped, bit by bit as if it had not been interrupted (``config.resume``); SIGTERM saves
-            once more and exits with code 0.
+            once more and exits with code 0. All processes write to that of process 0, which they must be able to reach.
 
     Raises:
         ValueError: an argument does not fit.
@@ -129,7 +132,7 @@ def fit(
         DamagedCheckpoint: there are checkpoints and none can be read.
     """
     enable_cache()
-    directory = None if directory is None else local(directory)
+    directory = None if directory is None else local(agreed(str(directory)))
     apply, params, model = _functional(model_or_params, apply, config)
     trained, frozen, join = split(params, config.trainable, config.freeze)
     if optimizer is not None and config.optim != OptimConfig():
@@ -146,6 +149,9 @@ def fit(
     owners = dict(leaf_paths(params))
     optimizer = make_optimizer(config.optim, config.steps, trained, owners) if optimizer is None else optimizer
     mesh = placement.mesh_of(params) if mesh is None else mesh
+    own = lambda tree: tree
+    if mesh is None and shardings is None and jax.process_count() > 1:
+        mesh, own = make_mesh("data=-1"), placement.own_copy
     if model is not None and mesh is not None:
         apply = constrained(apply, mesh)
 
@@ -223,7 +229,7 @@ def fit(
             if not found and not stop.at_once:
                 raise ValueError("eval_data: it holds no batch, or cannot be gone through a second time")
         if evaluate is not None and not stop.at_once:
-            found |= {k: float(v) for k, v in evaluate(join(params, frozen), step).items()}
+            found |= {k: float(v) for k, v in evaluate(own(join(params, frozen)), step).items()}
         if stop.at_once:
             return {}
         recorder.write({"kind": "eval", "step": step, **found, "seconds": time.perf_counter() - began})
@@ -276,8 +282,8 @@ def fit(
                     settle()
                     with recorder.meter.paused():
                         save(scores)
-            params = join(state.params, frozen)
-            ema = None if state.ema is None else join(state.ema, frozen)
+            params = own(join(state.params, frozen))
+            ema = None if state.ema is None else own(join(state.ema, frozen))
             trained_model = None if model is None else _with_params(model, params)
             result = FitResult(params, ema, trained_model, step, recorder.history)
             if checkpoints is not None:
@@ -342,7 +348,7 @@ def _init(
         opt_places = scalar_place = None
     else:
         places = placement.param_shardings(params, mesh, shardings)
-        place = lambda path, x: jax.device_put(x, places[path])
+        place = lambda path, x: placement.put(x, places[path])
         scalar_place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     masters = {path: master(place(path, x)) for path, x in trained.items()}
     frozen = {path: place(path, x) for path, x in frozen.items()}

@@ -65,6 +65,18 @@ def state_shardings(abstract: Any, params: Flat, shardings: Mapping[str, NamedSh
     return jax.tree_util.tree_map_with_path(place, abstract)
 
 
+def own_copy(tree: Any) -> Any:
+    """Arrays that every device holds whole, as arrays of this process alone. Nothing is sent."""
+    return jax.tree.map(lambda x: x.addressable_data(0), tree)
+
+
+def put(x: Any, where: NamedSharding) -> jax.Array:
+    """``x``, which all processes have alike or share already, as ``where`` says."""
+    if isinstance(x, jax.Array) and x.is_fully_addressable and not where.is_fully_addressable:
+        x = np.asarray(x)  # JAX would send what is on one process's device to the others
+    return jax.device_put(x, where)
+
+
 def put_batch(batch: Any, mesh: Mesh | None) -> Any:
     """Move one process's part of a batch (numpy, leading axis = examples) onto its devices.
 

@@ -63,7 +63,7 @@ class Stream:
 
 
 def gather_states(state: dict) -> list[dict]:
-    """The stream positions of all processes, in order, on every process."""
+    """What each process gives (its position in the data, as JSON can hold it), in order, on every process."""
     if jax.process_count() == 1:
         return [state]
     from jax.experimental import multihost_utils
@@ -73,6 +73,11 @@ def gather_states(state: dict) -> list[dict]:
     padded = np.full(longest, ord(" "), np.uint8)
     padded[: len(text)] = text
     return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
+
+
+def agreed(text: str) -> str:
+    """Process 0's ``text``, on every process."""
+    return gather_states({"text": text})[0]["text"]
 
 
 def own_state(states: list[dict]) -> dict:

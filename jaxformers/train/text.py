@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxformers import hub, losses, models
 from jaxformers.data import text as texts
-from jaxformers.data.batches import array_batches
+from jaxformers.data.batches import array_batches, heldout_batches
 from jaxformers.data.tokenizers import Tokenizer, load_tokenizer, train_bpe, train_wordpiece
 from jaxformers.mesh import mesh as make_mesh
 from jaxformers.models.config import positions_of
@@ -106,9 +106,7 @@ def train_on_text(run: TextRun) -> FitResult:
     held = None if run.valid is None else pack(_documents(run.valid), tokenizer, run.length)
     data = array_batches(windows, run.batch, seed=run.seed)
     if held is not None:
-        whole = len(held["input_ids"]) // jax.process_count() * jax.process_count()  # the same number for each process
-        held = {name: rows[:whole] for name, rows in held.items()}
-        held = array_batches(held, min(run.batch, whole), shuffle=False, epochs=1, drop_remainder=False)
+        held = heldout_batches(held, run.batch)
     objective = next_tokens if model.head_name == "causal_lm" else masked_tokens(tokenizer, run.masked)
     result = fit(
         objective, model, data, run.train, key=jax.random.key(run.seed), eval_data=held, mesh=mesh, directory=run.out

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxformers.data import batches
 from jaxformers.data.batches import array_batches, sequence_batches, token_batches
 
 
@@ -140,3 +141,25 @@ def test_transform_runs_on_each_batch():
 def test_bad_arguments_are_named(call, named):
     with pytest.raises(ValueError, match=named):
         call()
+
+
+def test_rows_of_each_process(monkeypatch):
+    """Held-out rows are cut to what devices can share; a batch that all have made is parted; one may keep it whole."""
+    rows = {"x": np.arange(11)}
+    one = [batch["x"].tolist() for batch in batches.heldout_batches(rows, 4)]
+    assert one == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    assert batches.own_rows(rows) is rows
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    found = []
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        found.append([batch["x"].tolist() for batch in batches.heldout_batches(rows, 4)])
+        whole = batches.array_batches(rows, 3, shuffle=False, epochs=1, drop_remainder=False, shared=False)
+        assert sum((batch["x"].tolist() for batch in whole), []) == list(range(11))
+        assert batches.own_rows({"a": {"b": np.arange(4)}})["a"]["b"].tolist() == [[0, 1], [2, 3]][process]
+    assert found == [[[0, 1], [4, 5], [8]], [[2, 3], [6, 7], [9]]]
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 2 processes, got 11 rows"):
+        batches.own_rows(rows)
+    with pytest.raises(ValueError, match="at least one row for each of 2 devices"):
+        batches.heldout_batches({"x": np.arange(1)}, 4)
