@@ -93,16 +93,18 @@ def symmetric(
 ) -> Float[Array, "*shape"]:
     """Uniform levels around 0: ``round(x s) / s``, ``s = (2^(bits-1) − 1) / max|x|`` of each group, halves to even.
 
-    Zeros give zeros. Raises ValueError for fewer than 2 bits (there is no level but 0), and as :func:`twn`.
+    Computed in float32 at least. Zeros give zeros, and so do groups whose s float32 cannot hold. Raises ValueError for
+    fewer than 2 bits (there is no level but 0), and as :func:`twn`.
     """
     _check_bits(bits, 2, "symmetric")
     axes, levels = _axes(granularity), 2 ** (bits - 1) - 1
     _check_clip(clip)
 
     def rounded(x: jax.Array) -> jax.Array:
-        largest = jnp.abs(x).max(axes, keepdims=True)
-        s = levels / jnp.where(largest > 0, largest, 1)
-        return jnp.round(x * s) / s
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # in float16 s would be infinite from 0.002 down
+        largest = jnp.abs(wide).max(axes, keepdims=True)
+        s = levels / jnp.where(largest > levels * jnp.finfo(wide.dtype).tiny, largest, 1)
+        return (jnp.round(wide * s) / s).astype(x.dtype)
 
     return _straight_through(rounded, clip, x)
 

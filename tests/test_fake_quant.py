@@ -150,3 +150,13 @@ def test_a_quantiser_is_its_function():
     assert np.array_equal(Quantiser("lsq", 5)(x, jnp.float32(0.1)), lsq(x, jnp.float32(0.1), 5))
     rule = Quantiser("symmetric", 4)
     assert hash(rule) == hash(Quantiser(**dataclasses.asdict(rule))) and rule == Quantiser(**dataclasses.asdict(rule))
+
+
+def test_small_groups_do_not_overflow():
+    """Scales beyond float16, and beyond float32: levels where there can be any, else zeros."""
+    small = jnp.asarray([1e-3, -5e-4, 0], jnp.float16)
+    y = symmetric(small, 8)
+    assert y.dtype == jnp.float16 and np.abs(np.asarray(y - small, np.float32)).max() <= 0.5e-3 / 127 * 1.1
+    assert np.array_equal(symmetric(jnp.full(3, 5e-38), 8), np.zeros(3))
+    wide = np.asarray(symmetric(jnp.asarray([3e-36, 1e-36]), 8))
+    np.testing.assert_allclose(wide, [3e-36, 1e-36], atol=0.5 * 3e-36 / 127)
