@@ -17,6 +17,7 @@ def layer(window):
     return nn.Attention(8, 4, kv_heads=2, window=window, std=0.5, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow  # every shape drawn compiles anew
 @settings(max_examples=8)
 @given(
     window=st.integers(1, 7), pieces=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 9),
