@@ -31,12 +31,17 @@ Operands = dict[str, Any]  # q, k, v, do (…, size); lse, delta, votes; bias; q
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """How one kernel is cut: queries and keys a tile (powers of two, at least 16), warps, pipeline stages."""
+    """How one kernel is cut: queries and keys a tile (powers of two, at least 16), warps, pipeline stages.
+
+    ``ahead``: the forward kernel forms the scores of the next tile while it takes the exponentials of this one; that
+    takes registers for both.
+    """
 
     q: int
     k: int
     warps: int = 4
     stages: int = 2
+    ahead: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +127,11 @@ class _Tiled:
             inside = inside[:, None] & (jnp.arange(value.shape[1]) < size)[None, :]
         plgpu.store(ref, value.astype(out[name].dtype), mask=inside)
 
-    def scores(self, x: Operands, q, k, i, j, positional: bool):
-        """(scores · log2 e, visible or None) of query tile i and key tile j."""
-        s = self.dot(q, k, trans_b=True) * (self.scale * LOG2E)
+    def scores(self, x: Operands, q, k, i, j, positional: bool, factor: float | None = None):
+        """(scores · log2 e, visible or None) of query tile i and key tile j; ``factor`` if the caller scales them."""
+        s = self.dot(q, k, trans_b=True)
+        if factor is None:
+            s = s * (self.scale * LOG2E)
         rows, columns = i * self.tile.q + jnp.arange(self.tile.q), j * self.tile.k + jnp.arange(self.tile.k)
         if "bias" in x:
             inside = (rows < self.rules.queries)[:, None] & (columns < self.rules.keys)[None, :]
@@ -137,7 +144,8 @@ class _Tiled:
             key_segments = self.load_row(x, "key_segments", j, -1)[None, :]
         slots = (rows + _scalar(x, "start"))[:, None]
         prefix, segments = _scalar(x, "prefix"), (query_segments, key_segments)
-        return s, seen(self.rules, slots, columns[None, :], prefix, *segments, positional=positional)
+        even = self.rules.keys % self.tile.k == 0
+        return s, seen(self.rules, slots, columns[None, :], prefix, *segments, positional=positional, even=even)
 
     def probs(self, x: Operands, q, k, i, j, positional: bool):
         """exp(S − L), zero where masked."""
@@ -145,11 +153,11 @@ class _Tiled:
         p = jnp.exp2(s - (self.load_row(x, "lse", i) * LOG2E)[:, None])
         return p if allowed is None else jnp.where(allowed, p, 0.0)
 
-    def over_keys(self, x: Operands, i, body, carry):
+    def over_keys(self, x: Operands, i, body, carry, inner=None):
         """``body(positional)(j, carry)`` over the tiles of keys that query tile i may see."""
         first = i * self.tile.q
         tiles = key_tiles(self.rules, first, self.tile.q, self.tile.k, _scalar(x, "start"), _scalar(x, "prefix"))
-        return _loops(tiles, body, carry)
+        return _loops(tiles, body, carry, inner)
 
     def over_queries(self, x: Operands, j, body, carry):
         """The same over the tiles of queries that may see key tile j. Queries beyond the end come as zeros."""
@@ -158,11 +166,18 @@ class _Tiled:
         return _loops(tiles, body, carry)
 
 
-def _loops(tiles, body, carry):
-    """Tiles before the inner part, the inner part, and those behind; a part known to be empty is not compiled."""
+def _loops(tiles, body, carry, inner=None):
+    """Tiles before the inner part, the inner part, and those behind; a part known to be empty is not compiled.
+
+    ``inner(first, last, carry)`` runs the inner part in its own way.
+    """
     low, a, b, high = tiles
     for first, last, positional in ((low, a, True), (a, b, False), (b, high, True)):
-        if not (isinstance(first, int) and isinstance(last, int) and first >= last):
+        if isinstance(first, int) and isinstance(last, int) and first >= last:
+            continue
+        if inner and not positional:
+            carry = inner(jnp.int32(first), jnp.int32(last), carry)
+        else:
             carry = jax.lax.fori_loop(jnp.int32(first), jnp.int32(last), body(positional), carry)
     return carry
 
@@ -179,31 +194,64 @@ def _scalar(x: Operands, name: str):
 def _forward_kernel(x: Operands, out: Operands, *, t: _Tiled):
     i = pl.num_programs(0) - 1 - pl.program_id(0)  # under a causal mask the last queries see most keys: they go first
     q = t.load(x, "q", i)
+    # a positive factor keeps the order of scores, so that it can wait for the exponent: s·c − m·c is one instruction
+    factor = t.scale * LOG2E if t.scale > 1e-9 and "bias" not in x else None
+    scaled = (lambda a: a * factor) if factor else (lambda a: a)
+
+    def exponents(j, m, positional, wanted=True):
+        """(exponents of tile j, new maximum of each row, what older sums shrink by); an unwanted tile changes none."""
+        s, allowed = t.scores(x, q, t.load(x, "k", j), i, j, positional, factor)
+        if allowed is not None:  # so far below the first maximum that no probability is left, even of an empty row
+            s = jnp.where(allowed, s, 2 * MASKED)
+        m_new = jnp.maximum(m, s.max(axis=1))
+        if wanted is not True:
+            m_new = jnp.where(wanted, m_new, m)
+        return scaled(s) - scaled(m_new)[:, None], m_new, jnp.exp2(scaled(m - m_new))
+
+    def add(j, acc, total, z, shrink):
+        p = jnp.exp2(z)
+        v = t.load(x, "v", j)
+        return acc * shrink[:, None] + t.dot(p.astype(v.dtype), v), total * shrink + p.sum(axis=1)
 
     def body(positional):
         def step(j, carry):
             acc, m, total = carry
-            s, allowed = t.scores(x, q, t.load(x, "k", j), i, j, positional)
-            if allowed is not None:
-                s = jnp.where(allowed, s, MASKED)
-            m_new = jnp.maximum(m, s.max(axis=1))
-            p = jnp.exp2(s - m_new[:, None])
-            if allowed is not None:
-                p = jnp.where(allowed, p, 0.0)
-            shrink = jnp.exp2(m - m_new)
-            v = t.load(x, "v", j)
-            acc = acc * shrink[:, None] + t.dot(p.astype(v.dtype), v)
-            return acc, m_new, total * shrink + p.sum(axis=1)
+            z, m, shrink = exponents(j, m, positional)
+            acc, total = add(j, acc, total, z, shrink)
+            return acc, m, total
 
         return step
 
+    def inner(first, last, carry):
+        """The tiles [first, last), which positions decide nothing about, the exponents of each formed a step ahead.
+
+        Exponentials then run beside the product of queries and keys, maxima beside the product with values. Every
+        carried value is formed anew in each step: the compiler pipelines no loop that hands one on for two.
+        """
+        whole = t.rules.keys // t.tile.k
+
+        def step(j, held):
+            acc, total, z, m, shrink = held
+            following = exponents(jnp.minimum(j + 1, whole - 1), m, False, wanted=j + 1 < last)
+            acc, total = add(j, acc, total, z, shrink)
+            return acc, total, *following
+
+        # The first exponents come out of a loop of at most one step: an operand that is loaded outside of loops keeps
+        # its shared memory to the end. The program's id hides from the compiler that last > first, or it would unroll.
+        acc, m, total = carry
+        held = jnp.zeros((t.tile.q, t.tile.k), jnp.float32), m, jnp.ones_like(m)
+        once = jnp.minimum(first + 1, jnp.maximum(last, -pl.program_id(0)))
+        held = jax.lax.fori_loop(first, once, lambda j, held: exponents(j, held[1], False), held)
+        acc, total, _, m, _ = jax.lax.fori_loop(first, last, step, (acc, total, *held))
+        return acc, m, total
+
     zero = jnp.zeros((t.tile.q, x["v"].shape[-1]), jnp.float32)
     carry = zero, jnp.full((t.tile.q,), MASKED, jnp.float32), jnp.zeros((t.tile.q,), jnp.float32)
-    acc, m, total = t.over_keys(x, i, body, carry)
+    acc, m, total = t.over_keys(x, i, body, carry, inner if t.tile.ahead else None)
     some = total > 0
     total = jnp.where(some, total, 1.0)
     t.store(out, "out", i, acc / total[:, None])
-    t.store(out, "lse", i, jnp.where(some, (m + jnp.log2(total)) / LOG2E, MASKED))
+    t.store(out, "lse", i, jnp.where(some, (scaled(m) + jnp.log2(total)) / LOG2E, MASKED))
 
 
 def _dq_kernel(x: Operands, out: Operands, *, t: _Tiled):

@@ -32,12 +32,12 @@ class Rules:
         return self.segments or self.valid
 
 
-def seen(rules: Rules, slots, keys, prefix, query_segments, key_segments, *, positional: bool):
+def seen(rules: Rules, slots, keys, prefix, query_segments, key_segments, *, positional: bool, even: bool = False):
     """Boolean tile, or None when all of it is visible.
 
     ``slots`` and ``keys`` broadcast to the tile (a column and a row, or the other way round), as do the segments.
     ``key_segments`` are −1 where a key is not valid. ``positional=False`` skips what depends on positions alone,
-    for tiles known to lie inside.
+    for tiles known to lie inside. ``even``: tiles of keys divide the array, so that none reaches beyond its end.
     """
     allowed = None
 
@@ -45,10 +45,10 @@ def seen(rules: Rules, slots, keys, prefix, query_segments, key_segments, *, pos
         return b if a is None else a & b
 
     if positional:
-        allowed = keys < rules.keys
+        allowed = None if even else keys < rules.keys
         if rules.causal:
             below = keys <= slots
-            allowed = allowed & (below | (keys < prefix) if rules.prefix else below)
+            allowed = both(allowed, below | (keys < prefix) if rules.prefix else below)
             if rules.window is not None:
                 allowed = allowed & (slots - keys < rules.window)
     if rules.segments:
