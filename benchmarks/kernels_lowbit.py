@@ -11,7 +11,6 @@ is timed. Everything is written as soon as it is known; a tile that does not com
 import argparse
 import concurrent.futures
 import dataclasses
-import functools
 import math
 import os
 import sys
