@@ -47,16 +47,20 @@ def tile_for(shape: Shape, dtype: Any) -> Tile | None:
     float16 go by these.
     """
     m, bits = shape.m, shape.bits
-    few = bits in (2, 3)  # bits: many planes a unit, of which fewer fit ahead
-    if dtype == jnp.float32 or m > (64 if few else 256):
+    if dtype == jnp.float32 or m > (64 if bits == 3 or shape.ternary else 256):
         return None
     if m <= 4:
-        return Tile(16, pl.next_power_of_2(m), fold=4, warps=2, stages=3 if few else 4)
+        rows = pl.next_power_of_2(m)
+        if bits == 2:
+            return Tile(8, rows, fold=8, warps=2, stages=3)
+        return (
+            Tile(16, rows, fold=8, stages=3) if bits == 8 else Tile(16, rows, fold=4, warps=2, stages=3 + (bits == 4))
+        )
     rows = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
     programs = -(-shape.n // 64) * -(-m // rows)
-    splits = min(8, pl.next_power_of_2(max(1, 256 // programs)))  # two programs for each of 132 multiprocessors
-    stages = 4 if rows < 64 and not few else 3
-    return Tile(64, rows, splits=splits, warps=2 if rows < 64 else 4, stages=stages)
+    wanted = 512 if shape.ternary and m <= 32 else 256 if rows < 64 or bits == 4 and m > 64 else 128
+    splits = min(8, pl.next_power_of_2(max(1, wanted // programs)))  # there are 132 multiprocessors
+    return Tile(64, rows, splits=splits, warps=2 if rows < 64 else 4, stages=3)
 
 
 # -------------------------------------------------------------------------------------------- codes into mantissas
