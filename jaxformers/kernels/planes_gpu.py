@@ -49,18 +49,19 @@ def tile_for(shape: Shape, dtype: Any) -> Tile | None:
     m, bits = shape.m, shape.bits
     if dtype == jnp.float32 or m > (64 if bits == 3 or shape.ternary else 256):
         return None
+    rows = pl.next_power_of_2(m)
     if m <= 4:
-        rows = pl.next_power_of_2(m)
         if bits == 2:
             return Tile(8, rows, fold=8, warps=2, stages=3)
-        return (
-            Tile(16, rows, fold=8, stages=3) if bits == 8 else Tile(16, rows, fold=4, warps=2, stages=3 + (bits == 4))
-        )
-    rows = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
+        if bits == 8:
+            return Tile(16, rows, fold=8, warps=4, stages=3)
+        return Tile(16, rows, fold=4, warps=2, stages=4 if bits == 4 else 3)
+    rows = min(rows, 64)
+    many = rows == 64
+    wanted = 512 if shape.ternary and not many else 128 if many and (bits != 4 or m <= 64) else 256
     programs = -(-shape.n // 64) * -(-m // rows)
-    wanted = 512 if shape.ternary and m <= 32 else 256 if rows < 64 or bits == 4 and m > 64 else 128
     splits = min(8, pl.next_power_of_2(max(1, wanted // programs)))  # there are 132 multiprocessors
-    return Tile(64, rows, splits=splits, warps=2 if rows < 64 else 4, stages=3)
+    return Tile(64, rows, splits=splits, warps=4 if many else 2, stages=3)
 
 
 # -------------------------------------------------------------------------------------------- codes into mantissas
