@@ -130,8 +130,7 @@ def main() -> None:
     versions = ", ".join(f"{p} {version(p)}" for p in ("jax", "jaxlib", "flax", "optax"))
     lines += [
         "",
-        f"- command: `python benchmarks/compile.py --layers {args.layers} --width {args.width} "
-        f"--rounds {args.rounds}`",
+        f"- command: `python benchmarks/compile.py --layers {args.layers} --width {args.width} --rounds {args.rounds}`",
         f"- machine: {cpu}, {len(os.sched_getaffinity(0))} cores, {platform.system()}, Python "
         f"{platform.python_version()}",
         f"- versions: {versions}",

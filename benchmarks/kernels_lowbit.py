@@ -1,18 +1,18 @@
-"""Packed low-bit products on a GPU: parity, a search over tiles, and times beside plain XLA and two floors.
+"""Products with low-bit weights on a GPU: parity, a search over tiles, and times beside plain XLA and two floors.
 
-    PYTHONPATH=. python benchmarks/kernels_lowbit.py --mode parity|sweep|table --out FILE.md [--jobs 4:1,3:16]
+    PYTHONPATH=. python benchmarks/kernels_lowbit.py --mode parity,sweep,table [--out FILE.md] [--jobs 4:1,3:16]
 
-Needs jax alone. A measurement is a chain x -> x W1 -> x W1 W2 … through enough different weights that none is still in
-the L2 cache when its turn comes again, repeated in one compiled loop; the time is the median over several calls, less
-that of an empty loop, divided by the products done. Everything is written as soon as it is known; a tile that does not
-compile costs its own line only.
+Needs jax alone. Weights lie in planes (jaxformers/kernels/planes_layout.py). A measurement is a chain x -> x W1 -> x W1
+W2 … through enough different weights that none is still in the L2 cache when its turn comes again, repeated in one
+compiled loop; the time is the median over several calls, divided by the products done. Nothing compiles while something
+is timed. Everything is written as soon as it is known; a tile that does not compile costs its own line only.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
-import functools
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,20 +20,23 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import triton as plgpu
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bare  # noqa: E402
 
-gpu = bare.kernel("lowbit_gpu")
+layout, planes, gpu = bare.kernel("planes_layout"), bare.kernel("planes"), bare.kernel("planes_gpu")
 lowbit = bare.kernel("lowbit")
-Shape = bare.kernel("shape").Shape
-per_word = bare.kernel("codes").PER_WORD
-words_of = bare.kernel("codes").WORDS
+Tile = gpu.Tile
 
-CACHE = 120e6  # bytes of weights in a chain: more than twice the L2 cache of an H100
+CACHE = 100e6  # bytes of weights in a chain: twice the L2 cache of an H100
 BANDWIDTH, FLOPS = 3.35e12, 989e12  # H100 SXM: bytes and bfloat16 FLOPs a second
 START = time.monotonic()
 INTERPRET = jax.default_backend() == "cpu"  # to try the script itself; its times mean nothing then
+BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
+DENSE = "dense, then XLA's dot"
+WORDS = "GPTQ's words, dequantised by a kernel, then XLA's dot"
+XLA = "XLA unpacks and multiplies"
 
 
 class Log:
@@ -47,37 +50,69 @@ class Log:
                 file.write(text + "\n")
 
 
-def weights(kind: str, k: int, n: int, group: int, seed: int) -> tuple[jax.Array, ...]:
-    """(words, scales, zeros or negative levels) of random weights whose products keep the norm of x."""
-    ternary, bits = kind == "ternary", 2 if kind == "ternary" else int(kind)
-    groups = 1 if group == -1 else -(-k // group)
-    keys = jax.random.split(jax.random.key(seed), 3)
-    rows = -(-k // per_word[bits]) * words_of[bits]
-    words = jax.lax.bitcast_convert_type(jax.random.bits(keys[0], (rows, n), jnp.uint32), jnp.int32)
-    if ternary:
-        words &= ~(words & (words >> 1) & 0x55555555)  # no code is 3
-    width = -(-n // 32) * 3 if bits == 3 else -(-n * bits // 32)
-    zeros = jax.lax.bitcast_convert_type(jax.random.bits(keys[1], (groups, width), jnp.uint32), jnp.int32)
-    size = (1 / (k * (1.0 if ternary else (4**bits - 1) / 6))) ** 0.5
-    scales = (size * jax.random.uniform(keys[2], (groups, n), minval=0.9, maxval=1.1)).astype(jnp.float16)
-    return words, scales, -scales if ternary else zeros
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Weights of `bits` (or "ternary") for k inputs and n outputs."""
 
+    name: str
+    k: int
+    n: int
+    group: int
 
-def shape_of(kind: str, m: int, k: int, n: int, group: int, act_order: bool = False) -> Shape:
-    groups = 1 if group == -1 else -(-k // group)
-    bits = 2 if kind == "ternary" else int(kind)
-    return Shape(m, k, n, bits, k if group == -1 else group, groups, kind == "ternary", act_order)
+    @property
+    def bits(self) -> int:
+        return 2 if self.name == "ternary" else int(self.name)
 
+    @property
+    def groups(self) -> int:
+        return 1 if self.group == -1 else -(-self.k // self.group)
 
-def dense(kind: str, w: tuple[jax.Array, ...], k: int, group: int, dtype, g_idx=None) -> jax.Array:
-    words, scales, zeros = w
-    if kind == "ternary":
-        return lowbit.ternary_dequantise(words, scales, zeros, g_idx, group_size=group, dtype=dtype)[:k]
-    return lowbit.dequantise(words, zeros, scales, g_idx, bits=int(kind), group_size=group, dtype=dtype)
+    def shape(self, m: int):
+        group = self.k if self.groups == 1 else self.group
+        plane = layout.plane_of(group, self.groups, self.bits)
+        return layout.Shape(m, self.k, self.n, self.bits, group, self.groups, plane, self.name == "ternary")
+
+    def draw(self, seed: int):
+        """Random planes whose products keep the norm of x."""
+        shape, keys = self.shape(1), jax.random.split(jax.random.key(seed), 3)
+        cells = jax.lax.bitcast_convert_type(jax.random.bits(keys[0], shape.cells, jnp.uint16), jnp.int16)
+        if shape.ternary:
+            cells &= ~(cells & (cells >> 1) & 0x5555)  # no code is 3
+        size = (1 / (self.k * (1.0 if shape.ternary else (4**self.bits - 1) / 6))) ** 0.5
+        scales = (size * jax.random.uniform(keys[1], (self.groups, self.n), minval=0.9, maxval=1.1)).astype(F16)
+        zeros = jax.random.randint(keys[2], scales.shape, 0, 2**self.bits)
+        if shape.ternary:
+            return layout.Planes(cells, layout.levels_of(scales, 0 * zeros), -scales.astype(F32))
+        return layout.Planes(cells, layout.levels_of(scales, zeros))
+
+    def words(self, seed: int):
+        """(words, packed zeros, scales) as GPTQ has them."""
+        keys = jax.random.split(jax.random.key(seed), 3)
+        bits = lambda key, *size: jax.lax.bitcast_convert_type(jax.random.bits(key, size, jnp.uint32), jnp.int32)
+        size = (1 / (self.k * (4**self.bits - 1) / 6)) ** 0.5
+        scales = (size * jax.random.uniform(keys[1], (self.groups, self.n), minval=0.9, maxval=1.1)).astype(F16)
+        return (
+            bits(keys[0], self.k * self.bits // 32, self.n),
+            bits(keys[2], self.groups, self.n * self.bits // 32),
+            scales,
+        )
+
+    def product(self, m: int, how):
+        """(x, weights) -> x times weights, by a tile, or by one of the other ways."""
+        shape, options = self.shape(m), {"bits": self.bits, "group_size": self.group}
+        if how in (WORDS, XLA):
+            implementation = "gpu" if how == WORDS else "xla"
+            return lambda x, w: lowbit.matmul(x, *w, **options, implementation=implementation, interpret=INTERPRET)
+        if how == DENSE:
+            contract = (((1,), (1,)), ((), ()))
+            return lambda x, w: jax.lax.dot_general(x, gpu.dense(w, shape, x.dtype, interpret=INTERPRET), contract)
+        if how is None:
+            return lambda x, w: planes.matmul(x, w, **options, k=self.k)
+        return lambda x, w: gpu.matmul(x, w, shape, how, INTERPRET)
 
 
 def nbytes(arrays) -> int:
-    return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(arrays))
 
 
 def compiled_chain(product, shapes: list, x: jax.Array, repeats: int):
@@ -107,195 +142,160 @@ def seconds_of(done, x, operands, products: int, calls: int = 5) -> float:
     return float(np.median(times)) / products
 
 
-def product_by(tile, shape: Shape):
-    """(x, words, scales, zeros, g_idx) -> product, by a kernel with `tile`, or by ("dequantise", tile) and a dot."""
-    if not isinstance(tile, tuple):
-        return lambda x, *w: gpu.matmul(x, *w, shape, tile, interpret=INTERPRET)
-
-    def product(x, *w):
-        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        return jnp.dot(x, gpu.dequantise(*w, shape, x.dtype, tile[1], interpret=INTERPRET), precision=precision)
-
-    return product
-
-
 class Case:
-    """One product (kind of weight, m, k = n): its operands, so many that the cache does not help."""
+    """One product (kind of weight, m, size): compiled through so many weights that the cache does not help."""
 
-    def __init__(self, kind: str, m: int, k: int, group: int):
-        self.kind, self.m, self.k, self.group = kind, m, k, group
-        one = weights(kind, k, k, group, 0)
-        copies = max(4, math.ceil(CACHE / nbytes(one)))
-        self.operands = [one] + [weights(kind, k, k, group, seed) for seed in range(1, copies)]
-        self.x = jax.random.normal(jax.random.key(1), (m, k), jnp.bfloat16)
-        self.repeats = max(4, math.ceil(2000 / copies) if m <= 64 else math.ceil(600 / copies))
-        self.shape = shape_of(kind, m, k, k, group)
+    drawn: dict = {}
 
-    def compile(self, tile):
-        product = product_by(tile, self.shape)
-        return compiled_chain(lambda x, *w: product(x, *w, None), self.operands, self.x, self.repeats)
+    def __init__(self, name: str, m: int, size: int, group: int, how):
+        self.kind, self.m, self.how = Kind(name, size, size, group), m, how
+        self.draw = self.kind.words if how in (WORDS, XLA) else self.kind.draw
+        one = jax.eval_shape(self.draw, 0)
+        self.copies = max(4, math.ceil(CACHE / nbytes(one)))
+        slow = m > 64 or how in (WORDS, XLA, DENSE)
+        self.repeats = 1 if INTERPRET else max(2, (400 if slow else 2000) // self.copies)
+        self.bytes, self.x = nbytes(one), jax.ShapeDtypeStruct((m, size), BF16)
 
-    def compile_chosen(self):
-        def product(x, words, scales, zeros):
-            if self.kind == "ternary":
-                return lowbit.ternary_matmul(x, words, scales, zeros, group_size=self.group)
-            return lowbit.matmul(x, words, zeros, scales, bits=int(self.kind), group_size=self.group)
+    def compile(self):
+        one = jax.eval_shape(self.draw, 0)
+        return compiled_chain(self.kind.product(self.m, self.how), [(one,)] * self.copies, self.x, self.repeats)
 
-        return compiled_chain(product, self.operands, self.x, self.repeats)
-
-    def compile_dequantised(self):
-        product = lambda x, *w: x @ dense(self.kind, w, self.k, self.group, x.dtype)
-        return compiled_chain(product, self.operands, self.x, self.repeats)
-
-    def measure(self, done) -> float:
-        return seconds_of(done, self.x, self.operands, self.repeats * len(self.operands))
+    def seconds(self, done) -> float:
+        key = (self.kind, self.how in (WORDS, XLA))
+        if key not in self.drawn:
+            self.drawn[key] = [(self.draw(seed),) for seed in range(self.copies)]
+        x = jax.random.normal(jax.random.key(1), self.x.shape, BF16)
+        return seconds_of(done, x, self.drawn[key], self.repeats * self.copies)
 
 
 def dense_seconds(m: int, k: int) -> float:
-    operands = [(jax.random.normal(jax.random.key(i), (k, k), jnp.bfloat16) * k**-0.5,) for i in range(4)]
-    x = jax.random.normal(jax.random.key(9), (m, k), jnp.bfloat16)
-    repeats = 300 if m <= 64 else 100
+    operands = [(jax.random.normal(jax.random.key(i), (k, k), BF16) * k**-0.5,) for i in range(4)]
+    x = jax.random.normal(jax.random.key(9), (m, k), BF16)
+    repeats = 1 if INTERPRET else 300 if m <= 64 else 100
     done, _ = compiled_chain(lambda x, w: x @ w, operands, x, repeats)
     return seconds_of(done, x, operands, 4 * repeats)
 
 
 def parity(log: Log) -> None:
-    """Every kernel, kind of weight, dtype and way of scaling against the definition in float64, on this device."""
-    T = gpu.Tile
+    """Every kernel, kind of weight and dtype against the definition in float64, on this device."""
+    names = ("2", "3", "4", "8", "ternary")
     tiles = {
-        "vector": T(m=1, n=32, words=64, vector=True),
-        "vector, split": T(m=2, n=32, splits=2, vector=True, x_load="split"),
-        "tensor": T(n=32, warps=2, splits=2, x_load="split"),
-        "tensor, strided": T(n=64),
-        "tensor, word": T(n=32, scaling="word", x_load="permuted"),
-        "dequantise": ("dequantise", T(n=64)),
+        "two warps, fold": Tile(16, 2, fold=4, warps=2, stages=3),
+        "two warps, splits": Tile(64, 16, splits=2, warps=2, stages=3),
+        "four warps, fold": Tile(32, 1, fold=4, stages=3),
+        "four warps": Tile(64, 64, stages=3),
     }
-    bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
-    odd, order, single = (3, 1056, 80, 32, False), (5, 96, 48, 40, True), (1, 544, 72, -1, False)
-    cases = [(kind, name, bf16, odd) for kind in ("2", "3", "4", "8", "ternary") for name in ("vector", "tensor")]
-    cases += [(kind, "dequantise", bf16, odd) for kind in ("3", "4", "ternary")]
-    cases += [("4", name, dtype, odd) for name in ("vector", "tensor") for dtype in (f16, f32)]
-    cases += [("4", name, bf16, order) for name in ("vector", "tensor", "dequantise")]
-    cases += [("4", name, bf16, single) for name in ("vector", "tensor", "vector, split", "tensor, strided")]
-    cases += [("8", "tensor", f16, odd), ("3", "tensor, word", bf16, odd), ("3", "vector", f32, odd)]
+    cases = [
+        (n, how, dtype, m, 1056, 72, 32)
+        for n in names
+        for how, dtype, m in (("two warps, fold", BF16, 3), ("two warps, splits", F16, 20), ("four warps", BF16, 70))
+    ]
+    cases += [("4", "four warps, fold", BF16, 1, 2048, 64, 128), ("4", "two warps, fold", F16, 5, 544, 40, -1)]
+    cases += [("8", "four warps", BF16, 130, 1024, 192, 128), ("3", "four warps, fold", F16, 1, 2048, 64, -1)]
+    cases += [(n, "dense", dtype, 1, 1056, 72, 32) for n in names for dtype in (BF16, F16, F32)]
 
     def one(case):
-        kind, name, dtype, (m, k, n, group, act_order) = case
-        w = weights(kind, k, n, group, 3)
-        g_idx = (
-            jnp.asarray(np.random.default_rng(0).permutation(np.arange(k) // group), jnp.int32) if act_order else None
-        )
-        x = jnp.asarray(np.random.default_rng(1).standard_normal((m, k)), dtype)
-        shape = shape_of(kind, m, k, n, group, act_order)
-        y = jax.jit(product_by(tiles[name], shape))(x, *w, g_idx)
-        full = dense(kind, w, k, group, f32, g_idx)
-        expected = np.asarray(x, np.float64) @ np.asarray(full, np.float64)
-        return np.abs(np.asarray(y, np.float64) - expected).max() / np.abs(expected).max()
+        name, how, dtype, m, k, n, group = case
+        kind = Kind(name, k, n, group)
+        w, shape = kind.draw(3), kind.shape(m)
+        full = np.asarray(planes.dense(w, shape, F32), np.float64)
+        if how == "dense":
+            found, expected = jax.jit(lambda w: gpu.dense(w, shape, dtype, interpret=INTERPRET))(w), full.T
+        else:
+            x = jnp.asarray(np.random.default_rng(1).standard_normal((m, k)), dtype)
+            found, expected = jax.jit(kind.product(m, tiles[how]))(x, w), np.asarray(x, np.float64) @ full
+        return np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max()
 
-    bounds = {"bfloat16": 8e-3, "float16": 1.5e-3, "float32": 1e-5}
-    worst, failed, late = {}, 0, 0
+    bounds = {"bfloat16": 8e-3, "float16": 1.5e-3, "float32": 1e-6}
+    worst, failed = {}, 0
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        futures = {pool.submit(one, case): case for case in cases}
+        for future, case in futures.items():
+            how, dtype = case[1], jnp.dtype(case[2]).name
+            try:
+                error = future.result(timeout=60)
+                worst[how, dtype] = max(worst.get((how, dtype), 0), error)
+                if error <= bounds[dtype]:
+                    continue
+                reason = f"error {error:.1e}"
+            except Exception as e:
+                reason = f"{type(e).__name__}: {str(e)[:300]!r}"
+            failed += 1
+            log(f"PARITY FAILED {case}: {reason}")
+    log(f"parity: {len(cases)} cases, {failed} failed, {time.monotonic() - START:.0f} s; errors by the largest output:")
+    log("; ".join(f"{how} {dtype} {error:.1e}" for (how, dtype), error in sorted(worst.items())) + "\n")
+
+
+def candidates(name: str, m: int) -> list:
+    """Tiles to try, the chosen one first."""
+    chosen = gpu.tile_for(Kind(name, 4096, 4096, 128).shape(m), BF16)
+    found = [DENSE if chosen is None else chosen]
+    if m <= 4:
+        rows = 1 << (m - 1).bit_length()
+        found += [Tile(16, rows, 4, warps=2, stages=s) for s in (3, 4, 5)]
+        found += [
+            Tile(16, rows, 8, warps=2, stages=3),
+            Tile(8, rows, 8, warps=2, stages=3),
+            Tile(16, rows, 8, stages=3),
+        ]
+    elif m <= 32:
+        rows = max(8, 1 << (m - 1).bit_length())
+        found += [Tile(64, rows, splits=4, warps=2, stages=s) for s in (3, 4, 5)]
+        found += [Tile(64, rows, splits=8, warps=2, stages=3), Tile(32, rows, splits=4, warps=2, stages=4)]
+    else:
+        found += [Tile(64, 64, splits=s, stages=3) for s in (1, 2, 4)]
+        found += [Tile(128, 64, splits=s, stages=3) for s in (1, 2)] + [Tile(128, 64, warps=8), DENSE]
+    return list(dict.fromkeys(found))
+
+
+def show(how) -> str:
+    if not isinstance(how, Tile):
+        return how
+    default = Tile(0, 0)
+    names = [f.name for f in dataclasses.fields(how)]
+    return f"`Tile({', '.join(f'{f}={getattr(how, f)}' for f in names if getattr(how, f) != getattr(default, f))})`"
+
+
+def compile_all(cases: list, seconds: float, log: Log) -> dict:
     pool = concurrent.futures.ThreadPoolExecutor(16)
-    futures = {pool.submit(one, case): case for case in cases}
-    concurrent.futures.wait(futures, timeout=60)
-    pool.shutdown(wait=False, cancel_futures=True)
-    for future, (kind, name, dtype, sizes) in futures.items():
-        dtype = jnp.dtype(dtype).name
-        if not future.done() or future.cancelled():
-            late += 1
-            continue
+    futures = {pool.submit(case.compile): case for case in cases}
+    concurrent.futures.wait(futures, timeout=seconds)
+    pool.shutdown(wait=True, cancel_futures=True)  # a compiler that still ran would disturb the measurements
+    found = {}
+    for future, case in futures.items():
         try:
-            error = future.result()
-            worst[name, dtype] = max(worst.get((name, dtype), 0), error)
-            if error <= bounds[dtype]:
-                continue
-            reason = f"error {error:.1e}"
+            found[case] = future.result(timeout=0)
         except Exception as e:
-            reason = f"{type(e).__name__}: {str(e)[:300]!r}"
-        failed += 1
-        log(f"PARITY FAILED {kind} {name} {dtype} (m, k, n, group, act_order)={sizes}: {reason}")
-    log(f"parity: {len(cases)} cases, {failed} failed, {late} not done, {time.monotonic() - START:.0f} s; worst:")
-    log("; ".join(f"{name} {dtype} {error:.1e}" for (name, dtype), error in sorted(worst.items())))
+            log(f"    failed: {case.kind.name}, m={case.m}, {show(case.how)}: {type(e).__name__} {str(e)[:160]!r}")
+    log(f"{len(found)} of {len(cases)} programs compiled, {time.monotonic() - START:.0f} s")
+    return found
 
 
-def candidates(kind: str, m: int) -> list:
-    """Tiles to try. For many rows, also how to dequantise before XLA's product."""
-    T, split = gpu.Tile, functools.partial(gpu.Tile, x_load="split")
-    whole = {"2": 256, "3": 128, "4": 512, "8": 512, "ternary": 256}[
-        kind
-    ]  # all 4096 inputs in one step (half at 8 bits)
-    out = []
-    if m <= 2:
-        V = functools.partial(T, m=m, vector=True)
-        out += [
-            V(n=32, words=whole, warps=16),
-            V(n=32, words=whole, warps=8),
-            V(n=32, words=whole, warps=16, x_load="split"),
-            V(n=16, words=whole, warps=8),
-            V(n=32, words=whole // 2, warps=8),
-            V(n=64, words=whole // 4, splits=4, warps=8),
-        ]
-        if kind == "4":
-            out += [
-                V(n=16, words=whole, warps=4),
-                V(n=64, words=whole, warps=16),
-                V(n=32, words=whole // 4, warps=8),
-                V(n=32, words=whole // 4, splits=4, warps=4),
-            ]
-    folded = {"3": 4, "2": 2, "ternary": 2}.get(kind, 1)  # groups of 128 in a step
-    rows = max(16, folded * m)
-    if m <= 32:
-        words = 32 if kind == "8" else 16
-        out += [
-            split(m=rows, n=64, words=words, splits=8),
-            split(m=rows, n=128, words=words, splits=8, warps=8),
-            split(m=rows, n=128, words=words, splits=4, warps=4),
-        ]
-        if kind == "4":
-            out += [
-                T(m=rows, n=64, splits=8),
-                split(m=rows, n=128, splits=8, warps=4),
-                split(m=rows, n=128, splits=4, warps=4, stages=3),
-                split(m=rows, n=128, splits=4, warps=8),
-                split(m=rows, n=256, splits=8, warps=8),
-                split(m=rows, n=32, splits=8, warps=2),
-                split(m=rows, n=64, splits=8, warps=2),
-                split(m=rows, n=32, splits=1, warps=4),
-            ]
-        if kind == "3":
-            out += [
-                split(m=max(16, m), n=64, splits=8, scaling="word"),
-                split(m=rows, n=64, splits=4, warps=8),
-            ]
-    if m >= 32:
-        if kind == "4":
-            out += [
-                split(m=m if m <= 64 else 64, n=128, splits=4, warps=4),
-                split(m=m if m <= 64 else 128, n=128, words=32, splits=4 if m <= 64 else 1, warps=8, scaling="word"),
-            ]
-        out += [("dequantise", T(n=128, words=16, warps=4)), ("dequantise", T(n=256, words=8, warps=4))]
-        if kind == "4":
-            out += [("dequantise", T(n=256, words=16, warps=8)), ("dequantise", T(n=64, words=16, warps=4))]
-    return out
+def row(case: Case, seconds: float, how: str, dot: float) -> str:
+    us = lambda s: f"{1e6 * s:.2f}"
+    moved, flops = case.bytes + 2 * case.m * (case.kind.k + case.kind.n), 2 * case.m * case.kind.k * case.kind.n
+    cells = (case.kind.name, case.m, case.kind.k, us(seconds), us(dot), f"{dot / seconds:.2f}")
+    return f"| {' | '.join(map(str, cells))} | {us(moved / BANDWIDTH)} | {us(flops / FLOPS)} | {how} |"
 
 
-def show(tile) -> str:
-    if isinstance(tile, tuple):
-        return "dequantise " + show(tile[1])
-    default = gpu.Tile()
-    fields = [f.name for f in dataclasses.fields(tile)]
-    changed = [f"{f}={getattr(tile, f)!r}" for f in fields if f in "mn" or getattr(tile, f) != getattr(default, f)]
-    return f"Tile({', '.join(changed)})"
-
-
-def floors(case: Case) -> tuple[float, float]:
-    moved = nbytes(case.operands[0]) + 2 * nbytes([case.x])
-    return moved / BANDWIDTH, 2 * case.m * case.k**2 / FLOPS
-
-
-def row(case: Case, seconds: float, how: str, dense_s: float, dequantised: float | None) -> str:
-    us = lambda s: "-" if s is None else f"{1e6 * s:.2f}"
-    times = (us(seconds), us(dense_s), us(dequantised), f"{dense_s / seconds:.2f}", *map(us, floors(case)))
-    return f"| {case.kind} | {case.m} | {case.k} | {' | '.join(times)} | `{how}` |"
+def measure(jobs: list, ways, group: int, log: Log, left) -> None:
+    """Compile every way of every job (kind, m, size) side by side, then time one after the other beside XLA's dot."""
+    cases = [Case(*job, group, how) for job in jobs for how in ways(*job)]
+    done = compile_all(cases, 0.6 * left(), log)
+    time.sleep(1)
+    dots = {key: dense_seconds(*key) for key in dict.fromkeys((m, size) for _, m, size in jobs)}
+    log("\n| bits | m | k = n | µs | bfloat16 dot, µs | dot / ours | floor: bytes, µs | floor: FLOPs, µs | how |")
+    log("|---|---|---|---|---|---|---|---|---|")
+    for case, (program, compiling) in done.items():
+        if left() < 5:
+            log(f"no time left for {case.kind.name}, m={case.m}, {show(case.how)}")
+            continue
+        how = case.how
+        if how is None:
+            tile = gpu.tile_for(case.kind.shape(case.m), jnp.dtype(BF16))
+            how = f"chosen: {show(DENSE if tile is None else tile)}"
+        seconds = case.seconds(program)
+        log(row(case, seconds, f"{show(how)}, compiled in {compiling:.0f} s", dots[case.m, case.kind.k]))
 
 
 def launch_floor(k: int) -> float:
@@ -306,107 +306,37 @@ def launch_floor(k: int) -> float:
         y_ref[...] = x_ref[...]
 
     x = jnp.ones((1, k), jnp.bfloat16)
-    call = pl.pallas_call(copy, out_shape=x, interpret=INTERPRET, compiler_params=gpu.plgpu.CompilerParams(num_warps=4))
+    call = pl.pallas_call(copy, out_shape=x, interpret=INTERPRET, compiler_params=plgpu.CompilerParams(num_warps=4))
     operands = [(jnp.zeros(1),)] * 14
     done, _ = compiled_chain(lambda x, _: call(x), operands, x, 150)
     return seconds_of(done, x, operands, 14 * 150)
 
 
-def sweep(jobs: list, size: int, group: int, log: Log, left) -> None:
-    """Compile every candidate of every job side by side, then measure one after the other."""
-    cases = {job: Case(*job, size, group) for job in jobs}
-    base = {m: dense_seconds(m, size) for m in dict.fromkeys(m for _, m in jobs)}
-    log(f"a kernel that does nothing takes {1e6 * launch_floor(size):.2f} us; {time.monotonic() - START:.0f} s")
-    for m, seconds in base.items():
-        log(f"bfloat16 dot, m={m}: {1e6 * seconds:.2f} us")
-    pool = concurrent.futures.ThreadPoolExecutor(16)
-    futures = {}
-    for depth in range(40):  # the first candidates of every job before the second ones
-        for job in jobs:
-            found = candidates(*job)
-            if depth < len(found):
-                futures[pool.submit(cases[job].compile, found[depth])] = (job, found[depth])
-    concurrent.futures.wait(futures, timeout=0.55 * left())
-    pool.shutdown(wait=True, cancel_futures=True)  # a compiler that still ran would disturb the measurements
-    finished = [future for future in futures if not future.cancelled()]
-    log(f"{len(finished)} of {len(futures)} candidates compiled, {time.monotonic() - START:.0f} s")
-    best: dict = {}
-    for future, (job, tile) in futures.items():
-        if future.cancelled() or left() < 5:
-            log(f"    not done: {job} {show(tile)}")
-            continue
-        try:
-            done, compiling = future.result()
-            seconds = cases[job].measure(done)
-            log(f"    {job[0]:>8} m={job[1]:<4} {1e6 * seconds:7.2f} us {show(tile)} (compiled in {compiling:.1f} s)")
-            if seconds < best.get(job, (math.inf,))[0]:
-                best[job] = (seconds, tile)
-        except Exception as e:
-            log(f"    failed {job} {show(tile)}: {type(e).__name__} {str(e)[:160]!r}")
-    header(log)
-    for job, (seconds, tile) in best.items():
-        log(row(cases[job], seconds, show(tile), base[job[1]], None))
-
-
-def table(jobs: list, size: int, group: int, log: Log, left) -> None:
-    """What the library itself chooses, beside XLA's product of the bfloat16 matrix and of the dequantised one."""
-    base = {m: dense_seconds(m, size) for m in dict.fromkeys(m for _, m in jobs)}
-    log(f"a kernel that does nothing takes {1e6 * launch_floor(size):.2f} us; {time.monotonic() - START:.0f} s")
-    cases = {job: Case(*job, size, group) for job in jobs}
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        chosen = {job: pool.submit(case.compile_chosen) for job, case in cases.items()}
-        plain = {job: pool.submit(case.compile_dequantised) for job, case in cases.items()}
-    header(log)
-    for job, case in cases.items():
-        if left() < 5:
-            log(f"no time left for {job}")
-            continue
-        try:
-            done, compiling = chosen[job].result()
-            seconds = case.measure(done)
-            how = f"{lowbit_how(case)}, compiled in {compiling:.1f} s"
-            log(row(case, seconds, how, base[job[1]], case.measure(plain[job].result()[0])))
-        except Exception as e:
-            log(f"failed {job}: {type(e).__name__} {str(e)[:300]!r}")
-
-
-def lowbit_how(case: Case) -> str:
-    chosen = lowbit.choose(case.shape, jnp.bfloat16)
-    tile = gpu.tile_for(case.shape, jnp.dtype(jnp.bfloat16))
-    return chosen if chosen != "gpu" else "dequantise, dot" if tile is None else show(tile)
-
-
-def header(log: Log) -> None:
-    log(
-        "\n| bits | m | k = n | kernel, us | bfloat16 dot, us | XLA dequantise + dot, us | speed against bfloat16 | "
-        "floor of the bytes, us | floor of the FLOPs, us | how |\n|---|---|---|---|---|---|---|---|---|---|"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--mode", default="parity", choices=["parity", "sweep", "table"])
-    parser.add_argument("--bits", default="4,3,2,8,ternary")
-    parser.add_argument("--rows", default="1,16,256")
-    parser.add_argument("--jobs", help="bits:rows, … instead of all products of --bits and --rows")
-    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--mode", default="parity,table", help="of parity, sweep, table")
+    parser.add_argument("--jobs", default="4:1,4:4,4:16,4:64,4:256,3:1,3:16,2:1,8:1,ternary:1", help="bits:rows, …")
+    parser.add_argument("--sizes", default="4096")
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=150, help="stop to begin anything new after so long")
     args = parser.parse_args()
     log = Log(args.out)
     left = lambda: args.seconds - (time.monotonic() - START)
     device = jax.devices()[0]
-    log(f"# {device.device_kind}, {device.platform}, jax {jax.__version__}; {time.strftime('%Y-%m-%d %H:%M')} UTC")
-    if args.jobs:
-        jobs = [(job.split(":")[0], int(job.split(":")[1])) for job in args.jobs.split(",")]
-    else:
-        jobs = [(kind, int(m)) for kind in args.bits.split(",") for m in args.rows.split(",")]
-    if args.mode == "parity":
+    log(f"# {device.device_kind}, {device.platform}, jax {jax.__version__}; {time.strftime('%Y-%m-%d %H:%M')} UTC\n")
+    pairs = [job.split(":") for job in args.jobs.split(",")]
+    jobs = [(kind, int(m), int(size)) for size in args.sizes.split(",") for kind, m in pairs]
+    if "parity" in args.mode:
         parity(log)
-    else:
-        (sweep if args.mode == "sweep" else table)(jobs, args.size, args.group, log, left)
+    if "table" in args.mode:
+        log(f"a kernel that does nothing takes {1e6 * launch_floor(4096):.2f} µs")
+        others = lambda kind, m: [WORDS, XLA] if kind == "4" and m in (1, 256) else []
+        measure(jobs, lambda kind, m, size: [None, *(others(kind, m) if size == 4096 else [])], args.group, log, left)
+    if "sweep" in args.mode:
+        measure(jobs, lambda kind, m, size: candidates(kind, m), args.group, log, left)
     log(f"\n{time.monotonic() - START:.0f} s in all")
+    os._exit(0)  # whatever is still being compiled is not waited for
 
 
 if __name__ == "__main__":

@@ -226,9 +226,7 @@ def main() -> None:
         plain = base.get("read the bytes" if bound is not None else "write the bytes and fsync")
         against = "–" if plain is None else f"{seconds / plain:.2f}"
         limit = "" if bound is None else f"{bound / 1e9:.2f}"
-        lines.append(
-            f"| {case} | {seconds:.2f} | {against} | {peak / 1e9:.2f} | {anonymous / 1e9:.2f} | {limit} |"
-        )
+        lines.append(f"| {case} | {seconds:.2f} | {against} | {peak / 1e9:.2f} | {anonymous / 1e9:.2f} | {limit} |")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

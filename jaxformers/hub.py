@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from jaxformers import atomic, fp8, models, nn, paths, resolve, surgery, weights
+from jaxformers.kernels import lowbit
 from jaxformers.models import config as configs
 from jaxformers.models.reading import dtype_of, expect_packed, fill
 from jaxformers.models.writing import to_tensors
@@ -32,6 +33,7 @@ from jaxformers.safetensors_io import (
     write_checkpoint,
 )
 from jaxformers.weights import gptq_format
+from jaxformers.weights.arranged import restored
 
 NO_HEAD = "none"
 module_of = models.module_of
@@ -56,6 +58,7 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     key: jax.Array | None = None,
     mapped: bool = False,
+    arrange: bool | None = None,
     **config_overrides: Any,
 ) -> nnx.Module:
     """Load a pretrained model.
@@ -68,18 +71,24 @@ def load(
     given then. ``dtype``: of the floating-point weights, by default as stored (8-bit floats: times their scales, in the
     dtype that config.json names). ``mesh``: each device receives only its slice, by the rules of
     :mod:`jaxformers.mesh`. ``mapped``: leave the weights in the files, as read-only NumPy views, for work that goes
-    through them block by block (then neither ``dtype`` nor ``mesh``). ``config_overrides``: fields of the
-    architecture's Config.
+    through them block by block (then neither ``dtype`` nor ``mesh``). ``arrange``: packed weights in the layout that a
+    GPU multiplies fastest (:func:`jaxformers.weights.arrange`), which holds and saves the same; by default on one of
+    NVIDIA's Hopper GPUs, without a mesh. ``config_overrides``: fields of the architecture's Config.
 
     Raises ValueError (CheckpointError for the files) naming what is wrong: an unknown ``model_type``, missing or
     unmapped tensors, shapes that disagree with the config, non-finite weights, pickles.
     """
     if mapped and (dtype is not None or mesh is not None):
         raise ValueError("mapped: the weights stay as and where they are stored; give neither dtype nor mesh")
+    if arrange and (mapped or mesh is not None):
+        raise ValueError("arrange: the layout is one device's; give neither mapped nor mesh")
     if dtype is not None and not _is_floating(dtype):
         raise ValueError(f"dtype: expected a floating-point type such as 'bfloat16', got {dtype!r}")
     found = outline(path_or_id, head=head, dtype=dtype, **config_overrides)
-    return fill(found.model, found.arch, found.checkpoint, found.extra, dtype, mesh, key, found.skip, mapped)
+    model = fill(found.model, found.arch, found.checkpoint, found.extra, dtype, mesh, key, found.skip, mapped)
+    if arrange is None:
+        arrange = mesh is None and not mapped and lowbit.platform() == "gpu"
+    return weights.arrange(model) if arrange else model
 
 
 class Outline(NamedTuple):
@@ -194,7 +203,7 @@ def save(model: nnx.Module, directory: str | Path, tokenizer: Any = None, *, max
     writes its files too; by default those of the checkpoint that the model came from are copied. The directory is
     written beside and renamed: a full disk leaves the old checkpoint whole.
     """
-    arch = module_of(model.config)
+    model, arch = restored(model), module_of(model.config)
     tensors, sentence_dense = to_tensors(model, arch)
     config = config_json(model)
     files: dict[str, bytes] = {"config.json": atomic.json_bytes(config)}
@@ -215,7 +224,7 @@ def save(model: nnx.Module, directory: str | Path, tokenizer: Any = None, *, max
 
 def config_json(model: nnx.Module) -> dict[str, Any]:
     """The ``config.json`` dict that :func:`save` writes for ``model``."""
-    arch = module_of(model.config)
+    model, arch = restored(model), module_of(model.config)
     hf = model.config.to_hf()
     in_heads = model.head_name in arch.HEADS
     old = hf.get("architectures") or []

@@ -60,7 +60,12 @@ LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 # arrays inside a typed weight without the kernel's two axes: which of those (0: in, 1: out) each of theirs stands for
-TYPED_AXES: Mapping[str, tuple[int | None, ...]] = {"a": (0, None), "b": (None, 1), "g_idx": (0,)}
+TYPED_AXES: Mapping[str, tuple[int | None, ...]] = {
+    "a": (0, None),
+    "b": (None, 1),
+    "g_idx": (0,),
+    "cells": (1, 0, None, None),
+}
 
 # logical axis -> mesh axes it is cut along, those that the mesh has
 RULES: Mapping[str, tuple[str, ...]] = {

@@ -204,11 +204,12 @@ METHODS: dict[str, Method] = {
         _fields(Pruning), lambda options: Pruning(**options), _prune, lambda options: options.get("by") in CALIBRATED
     ),
     "remove_layers": Method(_fields(Removal), lambda options: Removal(**options), _remove, ALWAYS),
-    "upcycle_mla": Method(
-        _keywords(compress.upcycle_mla, "report", "key"), _complete(compress.upcycle_mla), _upcycle
-    ),
+    "upcycle_mla": Method(_keywords(compress.upcycle_mla, "report", "key"), _complete(compress.upcycle_mla), _upcycle),
     "vtrans": Method(
-        (*GATED, *(name for name in _fields(compress.VTransConfig) if name != "timed")), _gating, _gate, ALWAYS,
+        (*GATED, *(name for name in _fields(compress.VTransConfig) if name != "timed")),
+        _gating,
+        _gate,
+        ALWAYS,
         trains=True,
     ),
 }

@@ -1,6 +1,5 @@
 """Models without what masks removed: equal to the masked ones, saved, reloaded, scanned, generated from."""
 
-
 import json
 
 import jax

@@ -175,7 +175,10 @@ PRODUCTS = ("data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2,sequence=2")
 @pytest.mark.parametrize(
     ("name", "meshes"),
     [
-        ("bert", PRODUCTS), ("gpt2", PRODUCTS[1:]), ("gqa", ALONE + PRODUCTS), ("vit", PRODUCTS[:1]),
+        ("bert", PRODUCTS),
+        ("gpt2", PRODUCTS[1:]),
+        ("gqa", ALONE + PRODUCTS),
+        ("vit", PRODUCTS[:1]),
         ("t5", ("data=2,fsdp=2,tensor=2", "sequence=4")),
     ],  # fmt: skip
 )

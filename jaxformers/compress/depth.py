@@ -147,7 +147,10 @@ def layers_of(decoder: nnx.Module) -> list[Layer]:
         flat = paths.flatten(found[-1].params)
         for path, leaf in flat.items():
             if weights.is_typed(leaf):
-                hint = {"LowRank": "merge_lora", "PackedWeight": "compress.dequantize"}.get(type(leaf).__name__)
+                hints = dict.fromkeys(("PackedWeight", "ArrangedWeight"), "compress.dequantize") | {
+                    "LowRank": "merge_lora"
+                }
+                hint = hints.get(type(leaf).__name__)
                 raise ValueError(
                     f"model: layers.{i}.{path} is a {type(leaf).__name__}; whole layers are dropped and fused as plain "
                     f"arrays{f': call {hint} first' if hint else ', before anything else is done to them'}"

@@ -203,7 +203,7 @@ def dequantize(model: nnx.Module, dtype: Any = None) -> nnx.Module:
         dtype = next(leaf.dtype for leaf in jax.tree.leaves(nnx.state(model.embeddings)))
 
     def plain(kernel: Any) -> Any:
-        if isinstance(kernel, PackedWeight | TernaryWeight):
+        if isinstance(kernel, PackedWeight | TernaryWeight | weights.ArrangedWeight):
             return jnp.asarray(kernel.dense(), dtype)
         if isinstance(kernel, weights.LowRank | weights.Masked):
             return dataclasses.replace(kernel, base=plain(kernel.base))

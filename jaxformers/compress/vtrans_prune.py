@@ -152,9 +152,7 @@ def default_loss(model: nnx.Module, data: Mapping[str, Any]) -> Loss:
         return lambda out, batch: cross_entropy(out.logits, batch["labels"])
     if model.head_name != "causal_lm":
         raise ValueError("data: no 'labels'; give them, or a loss")
-    return lambda out, batch: cross_entropy(
-        out.logits, next_labels(batch["input_ids"], batch.get("attention_mask"))
-    )
+    return lambda out, batch: cross_entropy(out.logits, next_labels(batch["input_ids"], batch.get("attention_mask")))
 
 
 def check_options(budget: Mapping[str, float], units: tuple[str, ...], mode: str) -> tuple[str, float]:

@@ -323,9 +323,13 @@ def _with_latent(
 def abstract_mla(model: nnx.Module, *, ranks: dict[str, list[int | None]], **settings: Any) -> nnx.Module:
     """The structure that `upcycle_mla` made, on an abstract model: what `jf.load` replays."""
     whole = lambda n: isinstance(n, int) and not isinstance(n, bool) and n > 0
-    if not isinstance(ranks, dict) or not ranks or not all(
-        isinstance(pair, list) and len(pair) == 2 and whole(pair[1]) and (pair[0] is None or whole(pair[0]))
-        for pair in ranks.values()
+    if (
+        not isinstance(ranks, dict)
+        or not ranks
+        or not all(
+            isinstance(pair, list) and len(pair) == 2 and whole(pair[1]) and (pair[0] is None or whole(pair[0]))
+            for pair in ranks.values()
+        )
     ):
         raise ValueError("config.json: ranks of x_ecomla must be {layer: [query rank or null, kv rank]}")
     model = _with_latent(model, ranks, **settings)

@@ -45,9 +45,7 @@ class Sizes:
         """Of the rows of every key/value head (n_kv d_h, …): per query head the key's first d_n, and the value's."""
         K, V = (W.reshape(self.kv_heads, self.head, -1) for W in (K, V))
         both = jnp.concatenate([K[:, : self.nope], V], axis=1)
-        return jnp.repeat(both, self.heads // self.kv_heads, axis=0).reshape(
-            self.heads * (self.nope + self.head), -1
-        )
+        return jnp.repeat(both, self.heads // self.kv_heads, axis=0).reshape(self.heads * (self.nope + self.head), -1)
 
 
 def matrix(linear: nn.Linear) -> Float[Array, "out in"]:

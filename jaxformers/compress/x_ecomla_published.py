@@ -40,9 +40,7 @@ NAMES = {
 }  # fmt: skip
 
 
-def load_published(
-    path_or_id: str | Path, *, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
-) -> nnx.Module:
+def load_published(path_or_id: str | Path, *, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) -> nnx.Module:
     """The model of a published X-EcoMLA checkpoint (safetensors); `jaxformers.save` writes it in this library's layout.
 
     Rotary positions are those of the official code: YaRN with every setting that ``rope_scaling`` has (Llama 3.2's

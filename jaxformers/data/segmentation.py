@@ -1,9 +1,9 @@
 """Images with an index mask each: from arrays or from two folders, as batches, and what training does to them.
 
-    data = read_folders("leftImg8bit/train", "gtFine/train", classes=20, void=19, size=(512, 1024),
-                        image_ending="_leftImg8bit", mask_ending="_gtFine_labelTrainIds")
-    weights = class_weights(data)
-    batches = segmentation_batches(data, 8)      # {"pixel_values": float32 (B, C, H, W) in [0, 1], "labels": (B, H, W)}
+data = read_folders("leftImg8bit/train", "gtFine/train", classes=20, void=19, size=(512, 1024),
+                    image_ending="_leftImg8bit", mask_ending="_gtFine_labelTrainIds")
+weights = class_weights(data)
+batches = segmentation_batches(data, 8)      # {"pixel_values": float32 (B, C, H, W) in [0, 1], "labels": (B, H, W)}
 """
 
 import dataclasses

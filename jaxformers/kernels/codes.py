@@ -65,44 +65,6 @@ def pairs(words: list[jax.Array], bits: int) -> list[tuple[int, int, jax.Array]]
     return out
 
 
-def in_place(words: list[jax.Array], bits: int) -> list[tuple[jax.Array, int]]:
-    """The codes of a word (or of three) where they lie: (array, first bit), always within the lowest 23 bits."""
-    out = []
-    for word in lanes(words) if bits == 3 else words:
-        high = None
-        for bit in range(0, 24 if bits == 3 else 32, bits):
-            if bit + bits <= 23:
-                out.append((word, bit))
-            else:
-                start = bit if high is None else start  # one shift serves all that lie too high
-                high = shift_right(word, start) if high is None else high
-                out.append((high, bit - start))
-    return out
-
-
-def at_bit(word: jax.Array, bit: int, bits: int) -> jax.Array:
-    """The codes at `bit`, times 2^bit, as float32: like :func:`as_float32`, without a shift."""
-    mask = constant((2**bits - 1) << bit)
-    return lax.bitcast_convert_type((word & mask) | constant(0x4B000000), jnp.float32) - jnp.float32(2**23)
-
-
 def as_float32(code: jax.Array) -> jax.Array:
     """Codes below 2^23 as float32, by writing them into the mantissa of 2^23: no conversion instruction."""
     return lax.bitcast_convert_type(code | constant(0x4B000000), jnp.float32) - jnp.float32(2**23)
-
-
-def offset_of(dtype: jnp.dtype, bits: int) -> int:
-    """What :func:`as_halves` adds to every code: bfloat16 128, float16 1024, and nothing where that does not fit."""
-    if dtype == jnp.bfloat16:
-        return 128 if bits < 8 else 0
-    return 1024 if dtype == jnp.float16 else 0
-
-
-def as_halves(pair: jax.Array, dtype: jnp.dtype, bits: int) -> tuple[jax.Array, jax.Array]:
-    """The low and the high codes of pairs in `dtype`, plus :func:`offset_of`: both written into mantissas at once."""
-    if offset_of(dtype, bits) == 0:
-        low, high = pair & constant(0xFFFF), shift_right(pair, 16)
-        return as_float32(low).astype(dtype), as_float32(high).astype(dtype)
-    pair = pair | constant(0x43004300 if dtype == jnp.bfloat16 else 0x64006400)
-    low, high = pair.astype(jnp.int16), shift_right(pair, 16).astype(jnp.int16)
-    return lax.bitcast_convert_type(low, dtype), lax.bitcast_convert_type(high, dtype)

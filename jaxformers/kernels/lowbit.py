@@ -8,11 +8,9 @@ inputs (float16 scales, packed zeros) and (m·k + m·n) activations, and does 2�
 operations a weight. With few rows the bytes bound what is possible (at 4 bits in groups of 128, 0.26 of bfloat16's),
 with many the FLOPs, which are the same, and unpacking comes on top.
 
-What an H100 measured against XLA's product of the bfloat16 matrix (benchmarks/results/kernels_lowbit.md; k = n = 4096):
-one row 1.6 times as fast at 4 bits, 1.7 at 3, 1.9 at 2, 1.2 at 8; 16 rows 1.5 at 4 bits and 1.2 at 8. Unpacking is the
-limit, not memory: 40 % of the bandwidth at k = n = 8192. Everywhere else the bfloat16 matrix is faster where it fits
-(256 rows: 0.65), and what is chosen is the fastest that keeps the weights packed: a kernel that writes the matrix out
-in the dtype of x, and XLA's product, a third of the time of XLA's own unpacking and product.
+On a GPU the kernel here writes the matrix out in the dtype of x, and XLA multiplies: a third of the time of XLA's own
+unpacking and product. With few rows that is slower than the bfloat16 matrix where it fits; products that are faster
+want another layout, made once, :mod:`jaxformers.kernels.planes`. TPUs have a kernel that multiplies packed words.
 """
 
 import functools
@@ -80,8 +78,7 @@ def platform() -> str:
 def choose(shape: Shape, dtype, where: str | None = None) -> Implementation:
     """The implementation for a product of `shape` with x of `dtype`, on `where` (:func:`platform` if None).
 
-    On a GPU the kernels were faster than XLA's unpacking wherever they were measured, so they are always taken (which,
-    says :func:`lowbit_gpu.tile_for`); act-order goes by the dequantising kernel, and was checked but not timed. TPU:
+    On a GPU the kernel was faster than XLA's unpacking wherever it was measured, so it is always taken. TPU:
     reasoned from bytes, not measured: XLA writes the dequantised matrix out and reads it again (five times the bytes of
     4-bit words and more), so the kernel takes up to 256 rows; bfloat16 and float32 only, which TPUs compute in.
     """
@@ -178,10 +175,7 @@ def _product(how, x, words, scales, zeros, g_idx):
     if chosen == "xla":
         return _reference(shape, group_size, x, words, scales, zeros, g_idx)
     if chosen == "gpu":
-        tile = lowbit_gpu.tile_for(shape, x.dtype)
-        if tile is None:
-            return x @ lowbit_gpu.dequantise(words, scales, zeros, g_idx, shape, x.dtype, interpret=interpret)
-        return lowbit_gpu.matmul(x, words, scales, zeros, g_idx, shape, tile, interpret)
+        return x @ lowbit_gpu.dequantise(words, scales, zeros, g_idx, shape, x.dtype, interpret=interpret)
     zeros = zeros if shape.ternary else unpack_zeros(zeros, shape.bits, shape.n)
     return lowbit_tpu.matmul(
         x, words, scales.astype(jnp.float32), zeros.astype(jnp.float32), shape, interpret=interpret

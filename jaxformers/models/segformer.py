@@ -171,7 +171,6 @@ class DecodeHead(nnx.Module):
         h = jax.nn.relu(self.batch_norm(h, batch_statistics=key is not None))
         return jnp.moveaxis(self.classifier(nn.dropout(h, self.rate, key)), -1, 1)
 
-
     def _fused(
         self, maps: list[Float[Array, "batch rows columns width"]], size: tuple[int, int]
     ) -> Float[Array, "batch first_rows first_columns width"]:

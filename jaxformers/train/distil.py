@@ -245,8 +245,9 @@ def _logit_terms(
     )
     real = jnp.ones(ids.shape, bool) if mask is None else mask.astype(bool)
     counted = {"kl": real, "nll": None if labels is None else labels >= 0}
-    mean = lambda name: jnp.sum(jnp.where(counted[name], found[name], 0.0)) / (
-        jnp.maximum(jnp.sum(counted[name]), 1) if per == "token" else len(ids)
+    mean = lambda name: (
+        jnp.sum(jnp.where(counted[name], found[name], 0.0))
+        / (jnp.maximum(jnp.sum(counted[name]), 1) if per == "token" else len(ids))
     )
     return {"ce" if name == "nll" else name: mean(name) for name in found}
 

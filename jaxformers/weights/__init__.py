@@ -5,6 +5,7 @@ A typed weight is a registered pytree with ``shape`` (in, out), ``dtype``, ``mat
 QLoRA.
 """
 
+from jaxformers.weights.arranged import ArrangedWeight, arrange
 from jaxformers.weights.base import Weight, dense, from_tensors, is_typed, matmul, take, to_tensors
 from jaxformers.weights.fake import FakeQuant, fake_quantise, full_precision, pack_ternary, zero_fraction
 from jaxformers.weights.grafted import Grafted
@@ -16,6 +17,7 @@ from jaxformers.weights.ternary import TernaryWeight
 from jaxformers.weights.ternary_codes import TernaryCodes
 
 __all__ = [
+    "ArrangedWeight",
     "FakeQuant",
     "Grafted",
     "LowRank",
@@ -27,6 +29,7 @@ __all__ = [
     "Weight",
     "add_lora",
     "add_masks",
+    "arrange",
     "dense",
     "fake_quantise",
     "from_tensors",

@@ -15,4 +15,3 @@ def test_smoke(tmp_path, monkeypatch):
     assert all(np.isfinite(r["after"]) for r in result["rows"])
     assert [r["cache bytes"] for r in result["rows"]] == [128, *[2 * 2 * (4 + 4)] * 3]
     assert jf.load(tmp_path / "model").layers[0].attention.rank == 4
-

@@ -19,7 +19,6 @@ from jaxformers.weights.ternary import TernaryWeight
 
 KINDS = ("2", "3", "4", "8", "ternary")
 BOUNDS = {"float32": 1e-5, "float16": 1.5e-3, "bfloat16": 8e-3}  # of the largest output
-Tile = lowbit_gpu.Tile
 
 
 def operands(kind, k, n, group_size, act_order=False, seed=0):
@@ -66,13 +65,6 @@ def shape_of(kind, m, k, n, group_size, act_order=False):
     return Shape(m, k, n, bits, k if groups == 1 else group_size, groups, kind == "ternary", act_order)
 
 
-def on_gpu(kind, x, arrays, n, group_size, tile):
-    """The GPU kernel with a tile of our choice, interpreted."""
-    shape = shape_of(kind, *x.shape, n, group_size, arrays["g_idx"] is not None)
-    names = ("words", "positive", "negative") if kind == "ternary" else ("qweight", "scales", "qzeros")
-    return lowbit_gpu.matmul(x, *(arrays[name] for name in (*names, "g_idx")), shape, tile, interpret=True)
-
-
 def on_tpu(kind, x, arrays, n, group_size):
     """The TPU kernel, interpreted, two chunks a step: its loop over chunks is unrolled, and XLA compiles for long."""
     shape = shape_of(kind, *x.shape, n, group_size)
@@ -91,40 +83,6 @@ def test_the_definition(kind, group_size, act_order):
     arrays, dense = operands(kind, 96, 40, group_size, act_order)
     x = inputs(3, 96, jnp.float32)
     assert error(product(kind, x, arrays, group_size, implementation="xla"), x, dense) < 1e-6
-
-
-GPU_CASES = [  # every kind of weight and dtype, every way of scaling, of loading x and of cutting
-    ("2", "bfloat16", 3, 288, 40, 32, False, Tile(m=32, n=32)),
-    ("2", "float32", 5, 288, 40, -1, False, Tile(n=32, splits=2)),
-    ("3", "bfloat16", 3, 1056, 72, 128, False, Tile(n=32, splits=2, x_load="permuted")),
-    ("3", "float16", 3, 1056, 72, 128, False, Tile(n=32, scaling="word", transposed=True)),
-    ("3", "float32", 2, 1056, 40, 32, False, Tile(m=2, n=16, vector=True)),
-    ("4", "bfloat16", 17, 160, 40, 128, False, Tile(n=32, unroll=2, x_load="split")),
-    ("4", "bfloat16", 3, 288, 40, 32, False, Tile(m=16, n=32, x_load="permuted", transposed=True)),
-    ("4", "float16", 3, 160, 40, 128, False, Tile(n=16)),
-    ("4", "float32", 33, 160, 40, 128, False, Tile(n=32)),
-    ("4", "bfloat16", 3, 96, 40, 40, False, Tile(n=32)),
-    ("4", "bfloat16", 3, 96, 40, 36, False, Tile(n=32)),
-    ("4", "bfloat16", 3, 96, 40, 32, True, Tile(n=32, x_load="permuted")),
-    ("4", "float32", 1, 96, 40, 32, True, Tile(m=1, n=32, vector=True)),
-    ("4", "bfloat16", 1, 160, 40, -1, False, Tile(m=1, n=32, words=4, splits=2, vector=True)),
-    ("8", "bfloat16", 3, 160, 40, 32, False, Tile(m=32, n=32)),
-    ("8", "float16", 3, 160, 40, 128, False, Tile(n=32, x_load="split")),
-    ("ternary", "bfloat16", 3, 288, 40, 32, False, Tile(m=16, n=32, splits=2)),
-    ("ternary", "float32", 3, 288, 40, 32, False, Tile(n=32, scaling="word")),
-    ("ternary", "bfloat16", 3, 96, 40, 32, True, Tile(n=32)),
-    ("ternary", "float32", 1, 288, 40, 32, False, Tile(m=1, n=32, vector=True)),
-]
-
-
-@pytest.mark.parametrize(
-    "case", GPU_CASES, ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}x{c[3]}x{c[4]}-g{c[5]}-{c[6]}-{c[7].x_load}"
-)
-def test_gpu_kernels_interpreted(case):
-    kind, dtype, m, k, n, group_size, act_order, tile = case
-    arrays, dense = operands(kind, k, n, group_size, act_order)
-    x = inputs(m, k, dtype)
-    assert error(on_gpu(kind, x, arrays, n, group_size, tile), x, dense) < BOUNDS[dtype]
 
 
 @pytest.mark.parametrize(("group_size", "act_order"), [(32, False), (40, True)])
@@ -172,8 +130,7 @@ def test_tpu_kernel_interpreted(case):
 def test_odd_shapes(kind, m, k, n, group_size, act_order, seed):
     arrays, dense = operands(kind, 32 * k, n, group_size, act_order and group_size != -1, seed)
     x = inputs(m, 32 * k, jnp.float32, seed)
-    tile = Tile(m=1, n=16, vector=True) if m == 1 else Tile(n=16)
-    assert error(on_gpu(kind, x, arrays, n, group_size, tile), x, dense) < 1e-5
+    assert error(product(kind, x, arrays, group_size, implementation="gpu", interpret=True), x, dense) < 1e-5
 
 
 @pytest.mark.parametrize("implementation", ["gpu", "tpu"])
@@ -214,7 +171,6 @@ def test_the_choice():
     assert lowbit.platform() == "cpu" and lowbit.choose(decode, jnp.bfloat16) == "xla"
     assert lowbit.choose(decode, jnp.bfloat16, "tpu") == "tpu" and lowbit.choose(prefill, jnp.bfloat16, "tpu") == "xla"
     assert lowbit.choose(decode, jnp.bfloat16, "gpu") == lowbit.choose(prefill, jnp.bfloat16, "gpu") == "gpu"
-    assert lowbit_gpu.tile_for(decode, jnp.bfloat16).vector and lowbit_gpu.tile_for(prefill, jnp.bfloat16) is None
     assert lowbit.choose(decode, jnp.bfloat16, "other") == "xla"
     assert lowbit.choose(decode, jnp.float16, "tpu") == "xla"  # TPUs have no float16
     assert lowbit.choose(shape_of("4", 1, 4096, 4096, 128, act_order=True), jnp.bfloat16, "tpu") == "xla"
@@ -241,8 +197,7 @@ def test_typed_weights_take_the_kernel_on_a_gpu_only(kind):
     else:
         w = TernaryWeight(arrays["words"], arrays["positive"], arrays["negative"], None, 32)
     x = inputs(2, 96, jnp.bfloat16)
-    assert "lowbit_matmul" in aot.lower_for_cuda(lambda w, x: w.matmul(x), w, x)
-    assert "lowbit_dequantise" in aot.lower_for_cuda(lambda w, x: w.matmul(x), w, jnp.tile(x, (1000, 1)))
+    assert "lowbit_dequantise" in aot.lower_for_cuda(lambda w, x: w.matmul(x), w, x)
     grad = jax.grad(lambda x, w: w.matmul(x).astype(jnp.float32).sum())
     assert "lowbit_dequantise" in aot.lower_for_cuda(grad, x, w)
     assert "lowbit" not in jax.jit(lambda w, x: w.matmul(x)).lower(w, x).as_text()
@@ -264,7 +219,7 @@ def test_gpu_kernels_lower_for_cuda(kind, dtype):
         x = jax.ShapeDtypeStruct((m, k), dtype)
         f = functools.partial(product, kind, group_size=group_size, implementation="gpu")
         text = aot.lower_for_cuda(lambda x, a, f=f: f(x, a), x, arrays)
-        assert "lowbit_matmul" in text or "lowbit_dequantise" in text
+        assert "lowbit_dequantise" in text
 
 
 TPU_SNIPPET = """

@@ -121,7 +121,5 @@ def test_one_filter_a_channel(size, padding):
     axes = "HW"[: len(size)]
     names = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
     ones, around = (1,) * len(size), [(p, p) for p in padding]
-    expected = jax.lax.conv_general_dilated(
-        x, kernel, ones, around, dimension_numbers=names, feature_group_count=8
-    )
+    expected = jax.lax.conv_general_dilated(x, kernel, ones, around, dimension_numbers=names, feature_group_count=8)
     assert np.abs(conv(x) - expected).max() < 1e-6

@@ -1,6 +1,5 @@
 """Distillation and preference optimisation of whole models: losses, what is trained, the recipes, resuming."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
