@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxformers.kernels import attention_mosaic
 from jaxformers.kernels.lazy import pl, plgpu
 from jaxformers.kernels.tiles import MASKED, Rules, dot, key_tiles, query_tiles, seen
 
@@ -41,9 +42,9 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """The tiles of the forward, the dK/dV and the dQ kernel."""
+    """The tiles of the forward, the dK/dV and the dQ kernel; one of ``attention_mosaic`` means its forward kernel."""
 
-    forward: Tile
+    forward: Tile | attention_mosaic.Tile
     dkv: Tile
     dq: Tile
 
@@ -286,8 +287,21 @@ def _sums_kernel(x: Operands, out: Operands, *, t: _Tiled):
 # --------------------------------------------------------------------------------------------------------- calls
 
 
-def forward(x: Operands, rules: Rules, scale: float, tile: Tile, interpret: bool = False):
+def takes_mosaic(x: Operands, rules: Rules, scale: float, tile: attention_mosaic.Tile | None = None) -> bool:
+    """Whether the forward kernel of ``attention_mosaic`` takes these operands and this mask, on Hopper."""
+    if rules.by_content or rules.prefix or rules.window is not None or rules.start is None or "bias" in x:
+        return False
+    how = dict(causal=rules.causal, scale=scale, start=rules.start, tile=tile)
+    return attention_mosaic.takes(x["q"], x["k"], x["v"], **how)
+
+
+def forward(x: Operands, rules: Rules, scale: float, tile: Tile | attention_mosaic.Tile, interpret: bool = False):
     """(out (B, Q, H, E), log-sum-exp (B, H, Q) float32) of q (B, Q, H, D), k (B, S, G, D), v (B, S, G, E) in ``x``."""
+    if isinstance(tile, attention_mosaic.Tile):
+        if interpret or not takes_mosaic(x, rules, scale, tile):
+            raise ValueError(f"tiles: {tile} has no interpreter, and only causal masks of whole tiles; got {rules}")
+        how = dict(causal=rules.causal, scale=scale, start=rules.start, tile=tile)
+        return attention_mosaic.forward(x["q"], x["k"], x["v"], **how)
     batch, queries, heads, _ = x["q"].shape
     shape = {
         "out": jax.ShapeDtypeStruct((batch, queries, heads, x["v"].shape[-1]), x["q"].dtype),

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu
+from jax.sharding import AbstractDevice
 from kernels import aot
 
-from jaxformers.kernels import attention_mosaic
+from jaxformers.kernels import attention, attention_gpu, attention_mosaic
 from jaxformers.kernels.attention_mosaic import Tile, forward, takes
 
 
@@ -95,6 +96,16 @@ def test_interpreted(interpreter, size, queries, keys, start, tile, causal):
     np.testing.assert_allclose(lse, expected_lse, atol=1e-5)
 
 
+def test_vectorized(interpreter):
+    rng = np.random.default_rng(0)
+    shapes = (2, 1, 128, 2, 64), (2, 1, 256, 1, 64), (2, 1, 256, 1, 64)
+    q, k, v = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in shapes)
+    f = lambda q, k, v: forward(q, k, v, causal=True, scale=0.1, start=128, interpret=interpreter)[0]
+    for found, *args in zip(jax.vmap(f)(q, k, v), q, k, v, strict=True):
+        expected, _ = reference(*args, True, 0.1, 128)
+        assert np.abs(np.asarray(found, np.float32) - expected).max() < 5e-3 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("size,queries,keys,start,tile,causal", CASES)
 def test_lowers(size, queries, keys, start, tile, causal, dtype):
@@ -121,3 +132,49 @@ def test_takes():
     assert not takes(q, k, array(1, 512, 2, 128), **whole)
     with pytest.raises(ValueError, match="queries by 128"):
         forward(array(1, 200, 4, 64), k, k, causal=True, scale=0.1, tile=Tile())
+
+
+A100 = AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu")
+
+
+def test_the_choice():
+    """On Hopper attention with a log-sum-exp takes it, and Triton's backward pass; elsewhere Triton's forward pass."""
+
+    def kernels(device=aot.H100, size=64, dtype=jnp.bfloat16, queries=1024, **how):
+        q = jax.ShapeDtypeStruct((1, queries, 4, size), dtype)
+        k = jax.ShapeDtypeStruct((1, 1024, 2, size), dtype)
+
+        def loss(q, k, v):
+            out, lse = attention.attention(q, k, v, return_lse=True, **how)
+            return out.astype(jnp.float32).sum() + lse.sum()
+
+        text = aot.lower_for_cuda(jax.grad(loss, argnums=(0, 1, 2)), q, k, k, device=device)
+        assert "dq_kernel" in text and "dkv_kernel" in text
+        found = {"mosaic": "mosaic_gpu" in text, "triton": "forward_kernel" in text}
+        assert sum(found.values()) == 1
+        return next(name for name in found if found[name])
+
+    assert kernels() == kernels(causal=True) == kernels(causal=True, size=128, dtype=jnp.float16) == "mosaic"
+    assert kernels(causal=True, queries=512, start=512) == "mosaic"
+    assert kernels(device=A100, causal=True) == "triton"
+    valid = jnp.ones((1, 1024), bool)
+    for other in (
+        {"window": 99},
+        {"valid": valid},
+        {"prefix": jnp.ones(1, int)},
+        {"segments": jnp.ones((1, 1024), int)},
+    ):
+        assert kernels(causal=True, **other) == "triton"
+    assert kernels(bias=jnp.zeros((1, 1, 1024, 1024))) == "triton"
+    assert kernels(size=96) == kernels(dtype=jnp.float32) == kernels(queries=1000) == "triton"
+    assert kernels(causal=True, start=jnp.int32(0)) == kernels(causal=True, start=-128) == "triton"
+    pinned = attention_gpu.default_tiles(64, jnp.bfloat16)
+    assert kernels(tiles=pinned) == "triton"
+
+
+def test_a_mask_that_it_lacks_is_refused():
+    q, backward = jnp.zeros((1, 128, 2, 64), jnp.bfloat16), attention_gpu.Tile(16, 16)
+    tiles = attention_gpu.Tiles(Tile(), backward, backward)
+    for how in ({"window": 9}, {"start": jnp.int32(0)}, {"interpret": True}, {"valid": jnp.ones((1, 128), bool)}):
+        with pytest.raises(ValueError, match="only causal masks of whole tiles"):
+            attention.attention(q, q, q, causal=True, implementation="pallas_gpu", tiles=tiles, **how)
