@@ -34,6 +34,7 @@ import numpy as np
 from bare import kernel
 
 attention, attention_gpu = kernel("attention"), kernel("attention_gpu")
+attention_mosaic = kernel("attention_mosaic")
 decode, mla, topk = kernel("decode"), kernel("mla"), kernel("topk")
 retention, retention_gpu = kernel("retention"), kernel("retention_gpu")
 
@@ -178,6 +179,8 @@ def parity_attention(run: Run, interpret: bool) -> None:
     cases = [  # name, queries, keys, heads, kv heads, sizes, dtype, bias shape, mask
         ("plain d64", 256, 256, 4, 4, (64, 64), BF16, None, {}),
         ("causal gqa d128 odd", 333, 333, 4, 2, (128, 128), BF16, None, {"causal": True}),
+        ("causal gqa d128 whole", 512, 512, 4, 2, (128, 128), BF16, None, {"causal": True}),
+        ("causal start d64 whole", 256, 512, 4, 4, (64, 64), BF16, None, {"causal": True, "start": 256}),
         ("causal start d80", 77, 333, 4, 4, (80, 80), BF16, None, {"causal": True, "start": 256}),
         ("window", 333, 333, 2, 1, (64, 64), BF16, None, {"causal": True, "window": 100}),
         ("prefix valid", 333, 333, 2, 2, (64, 64), BF16, None, {"causal": True, "prefix": prefix, "valid": valid}),
@@ -350,9 +353,9 @@ def attention_cases(run: Run, interpret: bool) -> list[dict[str, Any]]:
             | dict(args=args, flops=flops, bytes=bytes_ * (2 if backward else 1))
         )
 
-    def ours(mask):
+    def ours(mask, tiles=None):
         return lambda q, k, v, bias=None: attention.attention(
-            q, k, v, bias=bias, implementation="pallas_gpu", interpret=interpret, **mask
+            q, k, v, bias=bias, implementation="pallas_gpu", interpret=interpret, tiles=tiles, **mask
         )
 
     def xla(mask):
@@ -372,6 +375,9 @@ def attention_cases(run: Run, interpret: bool) -> list[dict[str, Any]]:
             if length <= (4096 if backward else 8192):
                 add(length, 128, "xla", xla(causal), causal, backward=backward)
     middle = lengths[len(lengths) // 2]
+    for size in (64, 128):  # tiles of Triton's keep its forward kernel on Hopper
+        triton = ours(causal, attention_gpu.default_tiles(size, BF16))
+        add(middle, size, "ours, Triton forward", triton, causal, backward=False)
     for backward in (False, True):
         for how, f in (("ours", ours), ("cudnn", cudnn)):
             add(middle, 64, how, f(causal), causal, backward=backward)
@@ -569,6 +575,7 @@ def topk_cases(run: Run, interpret: bool) -> list[dict[str, Any]]:
 
 def sweep_attention(run: Run, interpret: bool) -> list[dict[str, Any]]:
     """Each kernel of attention alone, causal, over tiles."""
+    Mosaic = attention_mosaic.Tile
     batch, length, heads, cases = 4, 4096, 16, []
     if run.smoke:
         batch, length, heads = 1, 64, 2
@@ -578,27 +585,13 @@ def sweep_attention(run: Run, interpret: bool) -> list[dict[str, Any]]:
         x, rules = attention.operands(q, k, v, causal=True)
         x = {**x, "do": do, "lse": lse, "delta": delta}
         pairs = batch * heads * length**2 / 2
-        forward = {  # the last one is what was the default before scores were formed ahead
-            128: [
-                (128, 128, 8, 3, True),
-                (128, 64, 8, 3, True),
-                (128, 128, 8, 3),
-                (128, 64, 8, 4, True),
-                (128, 128, 8, 2, True),
-                (128, 64, 8, 3),
-                (128, 64, 4, 2),
-            ],
-            64: [
-                (128, 128, 8, 3, True),
-                (128, 64, 8, 3),
-                (128, 64, 8, 3, True),
-                (128, 64, 4, 3),
-                (128, 128, 8, 3),
-                (256, 64, 8, 3, True),
-                (256, 64, 16, 3),
-                (64, 64, 4, 3, True),
-                (64, 64, 4, 3),
-            ],
+        forward = {  # the best of those that were tried, the default first
+            64: [(64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 4, 3)],
+            128: [(128, 64, 4, 2), (128, 64, 8, 3), (64, 64, 4, 3)],
+        }[size]
+        mosaic = {
+            64: [Mosaic(stages=4), Mosaic(64, stages=4), Mosaic(64, rows=128, stages=4)],
+            128: [Mosaic(), Mosaic(64, stages=4)],
         }[size]
         back = [(64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (128, 64, 8, 2), (32, 64, 4, 3), (128, 128, 8, 1)]
         for part, tiles, products in (("forward", forward, 2), ("dq", back, 3), ("dkv", back, 4)):
@@ -608,19 +601,19 @@ def sweep_attention(run: Run, interpret: bool) -> list[dict[str, Any]]:
                 "dkv": attention_gpu.backward_keys,
             }[part]
             used = ("q", "k", "v") if part == "forward" else tuple(x)
-            for bq, bk, warps, stages, *ahead in tiles[:1] if run.smoke else tiles:
-                tile = attention_gpu.Tile(bq, bk, warps, stages, *ahead)
+            tiles = {
+                f"{q}x{k} {warps} warps {stages} stages": attention_gpu.Tile(q, k, warps, stages)
+                for q, k, warps, stages in (tiles[:1] if run.smoke else tiles)
+            }
+            if part == "forward" and not interpret:
+                tiles |= {f"Mosaic {t.groups} groups of {t.rows}, {t.k} keys, {t.stages} buffers": t for t in mosaic}
+            for how, tile in tiles.items():
                 f = lambda y, function=function, tile=tile, size=size, rules=rules: function(
                     y, rules, size**-0.5, tile, interpret
                 )
                 cases.append(
-                    dict(
-                        table="sweep",
-                        part=part,
-                        size=size,
-                        how=f"{bq}x{bk} {warps} warps {stages} stages" + " ahead" * any(ahead),
-                    )
-                    | dict(f=f, args=[{n: x[n] for n in used}], flops=2 * products * pairs * size, bytes=4 * q.nbytes)
+                    dict(table="sweep", part=part, size=size, how=how, f=f)
+                    | dict(args=[{n: x[n] for n in used}], flops=2 * products * pairs * size, bytes=4 * q.nbytes)
                 )
     return cases
 

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxformers.kernels import attention_mosaic
 from jaxformers.kernels.lazy import pl, plgpu
 from jaxformers.kernels.tiles import MASKED, Rules, dot, key_tiles, query_tiles, seen
 
@@ -31,24 +32,19 @@ Operands = dict[str, Any]  # q, k, v, do (…, size); lse, delta, votes; bias; q
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """How one kernel is cut: queries and keys a tile (powers of two, at least 16), warps, pipeline stages.
-
-    ``ahead``: the forward kernel forms the scores of the next tile while it takes the exponentials of this one; that
-    takes registers for both.
-    """
+    """How one kernel is cut: queries and keys a tile (powers of two, at least 16), warps, pipeline stages."""
 
     q: int
     k: int
     warps: int = 4
     stages: int = 2
-    ahead: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """The tiles of the forward, the dK/dV and the dQ kernel."""
+    """The tiles of the forward, the dK/dV and the dQ kernel; one of ``attention_mosaic`` means its forward kernel."""
 
-    forward: Tile
+    forward: Tile | attention_mosaic.Tile
     dkv: Tile
     dq: Tile
 
@@ -153,11 +149,11 @@ class _Tiled:
         p = jnp.exp2(s - (self.load_row(x, "lse", i) * LOG2E)[:, None])
         return p if allowed is None else jnp.where(allowed, p, 0.0)
 
-    def over_keys(self, x: Operands, i, body, carry, inner=None):
+    def over_keys(self, x: Operands, i, body, carry):
         """``body(positional)(j, carry)`` over the tiles of keys that query tile i may see."""
         first = i * self.tile.q
         tiles = key_tiles(self.rules, first, self.tile.q, self.tile.k, _scalar(x, "start"), _scalar(x, "prefix"))
-        return _loops(tiles, body, carry, inner)
+        return _loops(tiles, body, carry)
 
     def over_queries(self, x: Operands, j, body, carry):
         """The same over the tiles of queries that may see key tile j. Queries beyond the end come as zeros."""
@@ -166,18 +162,11 @@ class _Tiled:
         return _loops(tiles, body, carry)
 
 
-def _loops(tiles, body, carry, inner=None):
-    """Tiles before the inner part, the inner part, and those behind; a part known to be empty is not compiled.
-
-    ``inner(first, last, carry)`` runs the inner part in its own way.
-    """
+def _loops(tiles, body, carry):
+    """Tiles before the inner part, the inner part, and those behind; a part known to be empty is not compiled."""
     low, a, b, high = tiles
     for first, last, positional in ((low, a, True), (a, b, False), (b, high, True)):
-        if isinstance(first, int) and isinstance(last, int) and first >= last:
-            continue
-        if inner and not positional:
-            carry = inner(jnp.int32(first), jnp.int32(last), carry)
-        else:
+        if not (isinstance(first, int) and isinstance(last, int) and first >= last):
             carry = jax.lax.fori_loop(jnp.int32(first), jnp.int32(last), body(positional), carry)
     return carry
 
@@ -198,56 +187,24 @@ def _forward_kernel(x: Operands, out: Operands, *, t: _Tiled):
     factor = t.scale * LOG2E if t.scale > 1e-9 and "bias" not in x else None
     scaled = (lambda a: a * factor) if factor else (lambda a: a)
 
-    def exponents(j, m, positional, wanted=True):
-        """(exponents of tile j, new maximum of each row, what older sums shrink by); an unwanted tile changes none."""
-        s, allowed = t.scores(x, q, t.load(x, "k", j), i, j, positional, factor)
-        if allowed is not None:  # so far below the first maximum that no probability is left, even of an empty row
-            s = jnp.where(allowed, s, 2 * MASKED)
-        m_new = jnp.maximum(m, s.max(axis=1))
-        if wanted is not True:
-            m_new = jnp.where(wanted, m_new, m)
-        return scaled(s) - scaled(m_new)[:, None], m_new, jnp.exp2(scaled(m - m_new))
-
-    def add(j, acc, total, z, shrink):
-        p = jnp.exp2(z)
-        v = t.load(x, "v", j)
-        return acc * shrink[:, None] + t.dot(p.astype(v.dtype), v), total * shrink + p.sum(axis=1)
-
     def body(positional):
         def step(j, carry):
             acc, m, total = carry
-            z, m, shrink = exponents(j, m, positional)
-            acc, total = add(j, acc, total, z, shrink)
-            return acc, m, total
+            s, allowed = t.scores(x, q, t.load(x, "k", j), i, j, positional, factor)
+            if allowed is not None:  # so far below the first maximum that no probability is left, even of an empty row
+                s = jnp.where(allowed, s, 2 * MASKED)
+            m_new = jnp.maximum(m, s.max(axis=1))
+            p = jnp.exp2(scaled(s) - scaled(m_new)[:, None])
+            shrink = jnp.exp2(scaled(m - m_new))
+            v = t.load(x, "v", j)
+            acc = acc * shrink[:, None] + t.dot(p.astype(v.dtype), v)
+            return acc, m_new, total * shrink + p.sum(axis=1)
 
         return step
 
-    def inner(first, last, carry):
-        """The tiles [first, last), which positions decide nothing about, the exponents of each formed a step ahead.
-
-        Exponentials then run beside the product of queries and keys, maxima beside the product with values. Every
-        carried value is formed anew in each step: the compiler pipelines no loop that hands one on for two.
-        """
-        whole = t.rules.keys // t.tile.k
-
-        def step(j, held):
-            acc, total, z, m, shrink = held
-            following = exponents(jnp.minimum(j + 1, whole - 1), m, False, wanted=j + 1 < last)
-            acc, total = add(j, acc, total, z, shrink)
-            return acc, total, *following
-
-        # The first exponents come out of a loop of at most one step: an operand that is loaded outside of loops keeps
-        # its shared memory to the end. The program's id hides from the compiler that last > first, or it would unroll.
-        acc, m, total = carry
-        held = jnp.zeros((t.tile.q, t.tile.k), jnp.float32), m, jnp.ones_like(m)
-        once = jnp.minimum(first + 1, jnp.maximum(last, -pl.program_id(0)))
-        held = jax.lax.fori_loop(first, once, lambda j, held: exponents(j, held[1], False), held)
-        acc, total, _, m, _ = jax.lax.fori_loop(first, last, step, (acc, total, *held))
-        return acc, m, total
-
     zero = jnp.zeros((t.tile.q, x["v"].shape[-1]), jnp.float32)
     carry = zero, jnp.full((t.tile.q,), MASKED, jnp.float32), jnp.zeros((t.tile.q,), jnp.float32)
-    acc, m, total = t.over_keys(x, i, body, carry, inner if t.tile.ahead else None)
+    acc, m, total = t.over_keys(x, i, body, carry)
     some = total > 0
     total = jnp.where(some, total, 1.0)
     t.store(out, "out", i, acc / total[:, None])
@@ -330,8 +287,21 @@ def _sums_kernel(x: Operands, out: Operands, *, t: _Tiled):
 # --------------------------------------------------------------------------------------------------------- calls
 
 
-def forward(x: Operands, rules: Rules, scale: float, tile: Tile, interpret: bool = False):
+def takes_mosaic(x: Operands, rules: Rules, scale: float, tile: attention_mosaic.Tile | None = None) -> bool:
+    """Whether the forward kernel of ``attention_mosaic`` takes these operands and this mask, on Hopper."""
+    if rules.by_content or rules.prefix or rules.window is not None or rules.start is None or "bias" in x:
+        return False
+    how = dict(causal=rules.causal, scale=scale, start=rules.start, tile=tile)
+    return attention_mosaic.takes(x["q"], x["k"], x["v"], **how)
+
+
+def forward(x: Operands, rules: Rules, scale: float, tile: Tile | attention_mosaic.Tile, interpret: bool = False):
     """(out (B, Q, H, E), log-sum-exp (B, H, Q) float32) of q (B, Q, H, D), k (B, S, G, D), v (B, S, G, E) in ``x``."""
+    if isinstance(tile, attention_mosaic.Tile):
+        if interpret or not takes_mosaic(x, rules, scale, tile):
+            raise ValueError(f"tiles: {tile} has no interpreter, and only causal masks of whole tiles; got {rules}")
+        how = dict(causal=rules.causal, scale=scale, start=rules.start, tile=tile)
+        return attention_mosaic.forward(x["q"], x["k"], x["v"], **how)
     batch, queries, heads, _ = x["q"].shape
     shape = {
         "out": jax.ShapeDtypeStruct((batch, queries, heads, x["v"].shape[-1]), x["q"].dtype),

@@ -1,6 +1,6 @@
 """Pallas, imported when a kernel is first traced: it brings a compiler, which would double the time of an import.
 
-    from jaxformers.kernels.lazy import pl, plgpu, pltpu
+    from jaxformers.kernels.lazy import pl, plgpu, plmgpu, pltpu
 
 in place of `from jax.experimental import pallas as pl` and the like.
 """
@@ -21,4 +21,5 @@ class Lazy:
 
 pl = Lazy("jax.experimental.pallas")
 plgpu = Lazy("jax.experimental.pallas.triton")
+plmgpu = Lazy("jax.experimental.pallas.mosaic_gpu")
 pltpu = Lazy("jax.experimental.pallas.tpu")

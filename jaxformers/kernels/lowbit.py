@@ -71,8 +71,7 @@ def platform() -> str:
     where = tiles.platform()
     if where == "cpu":
         return where
-    hopper = tiles.device().device_kind.startswith(("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200"))
-    return "other" if tiles.partitioned() or (where == "gpu" and not hopper) else where
+    return "other" if tiles.partitioned() or (where == "gpu" and not tiles.hopper()) else where
 
 
 def choose(shape: Shape, dtype, where: str | None = None) -> Implementation:

@@ -25,6 +25,7 @@ class Rules:
     prefix: bool = False
     segments: bool = False
     valid: bool = False
+    start: int | None = 0  # None where only an array says it
 
     @property
     def by_content(self) -> bool:
@@ -131,6 +132,11 @@ def platform() -> str:
 def device() -> Any:
     """The device that is compiled for: the one that the mesh in use names (dry runs, tests), or JAX's first."""
     return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or jax.devices()[0]
+
+
+def hopper() -> bool:
+    """Whether what is compiled for is an NVIDIA GPU of the Hopper generation."""
+    return platform() == "gpu" and device().device_kind.startswith(("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200"))
 
 
 def partitioned() -> bool:
