@@ -122,15 +122,16 @@ def retention(
         return _recurrent(*x)
     if form != "chunkwise":
         raise ValueError(f"form: expected chunkwise, parallel or recurrent, got {form!r}")
+    run = partial(_chunkwise, *x, chunk)
     if implementation == "xla":
-        inside = _inside
-    elif implementation in KERNELS:
-        kernels = KERNELS[implementation]
-        tiles = tiles or kernels.default_tiles(max(size, v.shape[3]), q.dtype)
-        inside = partial(kernels.inside, tiles=tiles, interpret=interpret)
-    else:
+        return run(inside=_inside)
+    if implementation not in KERNELS:
         raise ValueError(f"implementation: expected xla, {', '.join(KERNELS)}, got {implementation!r}")
-    return _chunkwise(*x, chunk, inside)
+    kernels = KERNELS[implementation]
+    settings = {"tiles": tiles or kernels.default_tiles(max(size, v.shape[3]), q.dtype), "interpret": interpret}
+    if implementation == "pallas_gpu":
+        return run(whole=partial(kernels.chunkwise, **settings))
+    return run(inside=partial(kernels.inside, **settings))
 
 
 def choose(length: int, chunk: int | None, size: int) -> str:
@@ -218,7 +219,8 @@ def _recurrent(q, k, v, log_decay, gaps, positions, state, scale):
     return jnp.moveaxis(out, 0, 1), state
 
 
-def _chunkwise(q, k, v, log_decay, gaps, positions, state, scale, chunk, inside):
+def _chunkwise(q, k, v, log_decay, gaps, positions, state, scale, chunk, *, inside=None, whole=None):
+    """Chunk by chunk: ``whole`` does all that follows xPos, or ``inside`` what happens within the chunks."""
     batch, length, heads, size = q.shape
     chunks = -(-length // chunk)
     pad = chunks * chunk - length  # steps behind the end: they keep nothing, and time stands still
@@ -230,6 +232,11 @@ def _chunkwise(q, k, v, log_decay, gaps, positions, state, scale, chunk, inside)
     ends = gaps.reshape(batch, chunks, chunk)[:, :, -1]
     starts = jnp.pad(ends[:, :-1], ((0, 0), (1, 0)))  # a chunk's state stands where the chunk before ends
     since = gaps.reshape(batch, chunks, chunk) - starts[..., None]  # differences of times before anything is multiplied
+    steps = length - chunk * (chunks - 1)  # of the last chunk, which may be shorter
+    if whole is not None:
+        frames = None if positions is None else np.stack([_multiplier(positions, n) for n in (chunk, steps)])
+        out, state = whole(q, k, v, since, log_decay, state, frames, scale=scale)
+        return out[:, :length], state
     rest = jnp.exp((since[..., -1:] - since)[..., None] * log_decay)  # (B, chunks, chunk, H)
     split = lambda a: a.reshape(batch, chunks, chunk, heads, -1)
     exact = "highest" if k.dtype == jnp.float32 else None
