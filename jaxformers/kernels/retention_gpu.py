@@ -16,6 +16,7 @@ Bytes: Q, K, V, O and (forward) K, V once more, backward Q, dO; a state is writt
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from jaxformers.kernels.decode import exact_precision
 from jaxformers.kernels.lazy import pl, plgpu
 from jaxformers.kernels.tiles import dot
 
+LOG2E = math.log2(math.e)
 AHEAD = 16  # chunks whose sums the recurrence loads together
 
 
@@ -87,19 +89,23 @@ class _Chunk:
         return plgpu.load(ref, mask=mask, other=None if mask is None else 0.0).astype(jnp.float32)
 
     def times(self, x, t):
-        """(times of tile t, their last, that of the tile before): all since the chunk's state."""
-        first = t * self.block
-        before = plgpu.load(x["since"].at[jnp.maximum(first - 1, 0)])
-        last = plgpu.load(x["since"].at[first + self.block - 1])
-        return plgpu.load(x["since"].at[pl.ds(first, self.block)]), last, jnp.where(t == 0, 0.0, before)
+        return plgpu.load(x["since"].at[pl.ds(t * self.block, self.block)])
+
+    def last(self, x, t):
+        """The time of tile t's last step."""
+        return plgpu.load(x["since"].at[t * self.block + (self.block - 1)])
 
 
-def _diagonal(times, log_decay):
-    """D of the tile's queries and keys."""
+def _rate(x):
+    """ln γ in base 2, because the hardware has exp2."""
+    return x["log_decay"][0] * LOG2E
+
+
+def _diagonal(times, rate):
+    """D of the tile's queries and keys; what overflows above the diagonal is not taken."""
     index = jnp.arange(times.shape[0])
-    below = index[:, None] >= index[None, :]
-    gap = jnp.where(below, times[:, None] - times[None, :], 0.0)
-    return jnp.where(below, jnp.exp(gap * log_decay), 0.0)
+    decay = jnp.exp2((times[:, None] - times[None, :]) * rate)
+    return jnp.where(index[:, None] >= index[None, :], decay, 0.0)
 
 
 def _scaled(a, factor):
@@ -108,13 +114,13 @@ def _scaled(a, factor):
 
 def _sums_kernel(x, out, *, chunk: _Chunk, backward: bool):
     """A, or B: the sum over the chunk of R k vᵀ, or of s e^d q dOᵀ."""
-    log_decay = x["log_decay"][0]
+    rate = _rate(x)
     end = x["since"][chunk.block * chunk.tiles - 1]
     left, right = ("q", "do") if backward else ("k", "v")
 
     def step(t, acc):
-        times = plgpu.load(x["since"].at[pl.ds(t * chunk.block, chunk.block)])
-        factor = jnp.exp((times if backward else end - times) * log_decay) * (chunk.scale if backward else 1.0)
+        times = chunk.times(x, t)
+        factor = jnp.exp2((times if backward else end - times) * rate) * (chunk.scale if backward else 1.0)
         return chunk.dot(_scaled(chunk.load(x, left, t), factor), chunk.load(x, right, t), trans_a=True) + acc
 
     total = jax.lax.fori_loop(0, chunk.tiles, step, jnp.zeros(out["sums"].shape, jnp.float32))
@@ -122,43 +128,46 @@ def _sums_kernel(x, out, *, chunk: _Chunk, backward: bool):
 
 
 def _forward_kernel(x, out, *, chunk: _Chunk):
-    log_decay = x["log_decay"][0]
+    rate = _rate(x)
 
-    def step(t, state):
-        times, last, before = chunk.times(x, t)
+    def step(t, carry):
+        state, before = carry
+        times, last = chunk.times(x, t), chunk.last(x, t)
         q, k, v = (chunk.load(x, n, t) for n in "qkv")
-        ahead = chunk.dot(q, state.astype(q.dtype)) * jnp.exp((times - before) * log_decay)[:, None]
-        scores = chunk.dot(q, k, trans_b=True) * _diagonal(times, log_decay)
+        ahead = chunk.dot(q, state.astype(q.dtype)) * jnp.exp2((times - before) * rate)[:, None]
+        scores = chunk.dot(q, k, trans_b=True) * _diagonal(times, rate)
         chunk.store(out, "out", t, (chunk.dot(scores.astype(v.dtype), v) + ahead) * chunk.scale)
-        state = state * jnp.exp((last - before) * log_decay)
-        return chunk.dot(_scaled(k, jnp.exp((last - times) * log_decay)), v, trans_a=True) + state
+        state = state * jnp.exp2((last - before) * rate)
+        return chunk.dot(_scaled(k, jnp.exp2((last - times) * rate)), v, trans_a=True) + state, last
 
-    jax.lax.fori_loop(0, chunk.tiles, step, chunk.state(x["state"]))
+    jax.lax.fori_loop(0, chunk.tiles, step, (chunk.state(x["state"]), jnp.float32(0.0)))
 
 
 def _backward_kernel(x, out, *, chunk: _Chunk):
     """dQ, dK, dV, and the sums Q · dQ and K · dK of each row."""
-    log_decay = x["log_decay"][0]
+    rate = _rate(x)
 
     def sums(name, t, a, b):
         plgpu.store(out[name].at[pl.ds(t * chunk.block, chunk.block)], (a.astype(jnp.float32) * b).sum(1))
 
-    def queries(t, state):
-        times, last, before = chunk.times(x, t)
+    def queries(t, carry):
+        state, before = carry
+        times, last = chunk.times(x, t), chunk.last(x, t)
         q, k, v, do = (chunk.load(x, n, t) for n in ("q", "k", "v", "do"))
-        ahead = chunk.dot(do, state.astype(do.dtype), trans_b=True) * jnp.exp((times - before) * log_decay)[:, None]
-        ds = chunk.dot(do, v, trans_b=True) * _diagonal(times, log_decay)
+        ahead = chunk.dot(do, state.astype(do.dtype), trans_b=True) * jnp.exp2((times - before) * rate)[:, None]
+        ds = chunk.dot(do, v, trans_b=True) * _diagonal(times, rate)
         dq = (chunk.dot(ds.astype(k.dtype), k) + ahead) * chunk.scale
         chunk.store(out, "dq", t, dq)
         sums("qdq", t, q, dq)
-        state = state * jnp.exp((last - before) * log_decay)
-        return chunk.dot(_scaled(k, jnp.exp((last - times) * log_decay)), v, trans_a=True) + state
+        state = state * jnp.exp2((last - before) * rate)
+        return chunk.dot(_scaled(k, jnp.exp2((last - times) * rate)), v, trans_a=True) + state, last
 
-    def keys(n, state):
+    def keys(n, carry):
+        state, last = carry
         t = chunk.tiles - 1 - n
-        times, last, before = chunk.times(x, t)
+        times, before = chunk.times(x, t), jnp.where(t > 0, chunk.last(x, jnp.maximum(t - 1, 0)), 0.0)
         q, k, v, do = (chunk.load(x, n, t) for n in ("q", "k", "v", "do"))
-        decay, rest = _diagonal(times, log_decay) * chunk.scale, jnp.exp((last - times) * log_decay)[:, None]
+        decay, rest = _diagonal(times, rate) * chunk.scale, jnp.exp2((last - times) * rate)[:, None]
         behind = state.astype(k.dtype)
         scores = (chunk.dot(q, k, trans_b=True) * decay).astype(do.dtype)
         chunk.store(out, "dv", t, chunk.dot(scores, do, trans_a=True) + chunk.dot(k, behind) * rest)
@@ -166,11 +175,11 @@ def _backward_kernel(x, out, *, chunk: _Chunk):
         dk = chunk.dot(ds, q, trans_a=True) + chunk.dot(v, behind, trans_b=True) * rest
         chunk.store(out, "dk", t, dk)
         sums("kdk", t, k, dk)
-        state = state * jnp.exp((last - before) * log_decay)
-        return chunk.dot(_scaled(q, jnp.exp((times - before) * log_decay) * chunk.scale), do, trans_a=True) + state
+        state = state * jnp.exp2((last - before) * rate)
+        return chunk.dot(_scaled(q, jnp.exp2((times - before) * rate) * chunk.scale), do, trans_a=True) + state, before
 
-    jax.lax.fori_loop(0, chunk.tiles, queries, chunk.state(x["state"]))
-    jax.lax.fori_loop(0, chunk.tiles, keys, chunk.state(x["behind"]))
+    jax.lax.fori_loop(0, chunk.tiles, queries, (chunk.state(x["state"]), jnp.float32(0.0)))
+    jax.lax.fori_loop(0, chunk.tiles, keys, (chunk.state(x["behind"]), x["since"][chunk.block * chunk.tiles - 1]))
 
 
 def _recurrence_kernel(x, out, *, rows: int, chunks: int, sizes: tuple[int, int], backward: bool):
