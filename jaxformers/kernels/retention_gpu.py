@@ -134,9 +134,9 @@ def _forward_kernel(x, out, *, chunk: _Chunk):
         state, before = carry
         times, last = chunk.times(x, t), chunk.last(x, t)
         q, k, v = (chunk.load(x, n, t) for n in "qkv")
+        scores = (chunk.dot(q, k, trans_b=True) * _diagonal(times, rate)).astype(v.dtype)
         ahead = chunk.dot(q, state.astype(q.dtype)) * jnp.exp2((times - before) * rate)[:, None]
-        scores = chunk.dot(q, k, trans_b=True) * _diagonal(times, rate)
-        chunk.store(out, "out", t, (chunk.dot(scores.astype(v.dtype), v) + ahead) * chunk.scale)
+        chunk.store(out, "out", t, (chunk.dot(scores, v) + ahead) * chunk.scale)
         state = state * jnp.exp2((last - before) * rate)
         return chunk.dot(_scaled(k, jnp.exp2((last - times) * rate)), v, trans_a=True) + state, last
 
@@ -154,9 +154,9 @@ def _backward_kernel(x, out, *, chunk: _Chunk):
         state, before = carry
         times, last = chunk.times(x, t), chunk.last(x, t)
         q, k, v, do = (chunk.load(x, n, t) for n in ("q", "k", "v", "do"))
+        ds = (chunk.dot(do, v, trans_b=True) * _diagonal(times, rate)).astype(k.dtype)
         ahead = chunk.dot(do, state.astype(do.dtype), trans_b=True) * jnp.exp2((times - before) * rate)[:, None]
-        ds = chunk.dot(do, v, trans_b=True) * _diagonal(times, rate)
-        dq = (chunk.dot(ds.astype(k.dtype), k) + ahead) * chunk.scale
+        dq = (chunk.dot(ds, k) + ahead) * chunk.scale
         chunk.store(out, "dq", t, dq)
         sums("qdq", t, q, dq)
         state = state * jnp.exp2((last - before) * rate)
