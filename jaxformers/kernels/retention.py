@@ -14,8 +14,9 @@ F turns and shrinks the state into the frame of its own last position, so that n
 length, and neither queries nor states know absolute positions. The states come from an associative scan over chunks.
 
 Chunk by chunk a length L costs 2·L·c·(K+V) + 4·L·K·V FLOPs a head, c the chunk, and moves L·(2K+2V) elements and one
-state of K·V floats a chunk. On a GPU from ``WORTH`` steps on the part inside the chunks is a Pallas-Triton kernel that
-never writes the c×c scores (``retention_gpu``); elsewhere XLA runs it.
+state of K·V floats a chunk. On a GPU from ``WORTH`` steps on all of it but xPos is Pallas-Triton (``retention_gpu``):
+three kernels each way, which write no c×c scores. On a TPU what lies inside the chunks is a kernel; elsewhere XLA runs
+it.
 """
 
 import dataclasses
@@ -137,8 +138,8 @@ def retention(
 def choose(length: int, chunk: int | None, size: int) -> str:
     """The implementation of the chunks on the platform that is compiled for, by steps and the larger size of a head."""
     where = platform()
-    if length < WORTH or size > 256 or partitioned():
-        return "xla"
+    if length < WORTH or size > (128 if where == "gpu" else 256) or partitioned():
+        return "xla"  # a GPU's kernel holds a state in registers
     if where == "tpu" and (chunk or 128) % 128 == 0:
         return "pallas_tpu"
     return "pallas_gpu" if where == "gpu" else "xla"

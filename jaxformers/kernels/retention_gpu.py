@@ -3,10 +3,11 @@
 With d_i = ln γ · (time since the chunk's state S), D_im = e^{d_i − d_m} for m ≤ i, else 0, and R_i = e^{d_last − d_i}:
     O = s [(Q Kᵀ ⊙ D) V + e^d ⊙ (Q S)],      S' = F (e^{d_last} S + A),  A = (R ⊙ K)ᵀ V.
 Three kernels: A of every chunk; S over the chunks, one after the other; and O, for which a program walks through its
-chunk in tiles of ``steps``, S in registers, so that each operand is read once and only tiles on the diagonal are formed.
-With G' the gradient of S' and E = Fᵀ G', again three: those of S of every chunk, B = s (e^d ⊙ Q)ᵀ dO; the recurrence
-backwards, G = e^{d_last} E + B; and, tile by tile as before,
-    dQ = s [(dO Vᵀ ⊙ D) K + e^d ⊙ (dO Sᵀ)],  with S from the first tile to the last, then, with E from the last to the first,
+chunk in tiles of ``steps``, S in registers, so that each operand is read once and only tiles on the diagonal are
+formed. With G' the gradient of S' and E = Fᵀ G', three again: B = s (e^d ⊙ Q)ᵀ dO of every chunk; the recurrence
+backwards, G = e^{d_last} E + B; and, tile by tile as before, first dQ with S, then from the last tile on the others
+with E,
+    dQ = s [(dO Vᵀ ⊙ D) K + e^d ⊙ (dO Sᵀ)],
     dK = s (dO Vᵀ ⊙ D)ᵀ Q + R ⊙ (V Eᵀ),      dV = s (Q Kᵀ ⊙ D)ᵀ dO + R ⊙ (K E);
     dd_i = Q_i · dQ_i − K_i · dK_i, and ⟨G', S'⟩ more at the last: d_i scales what q_i sees, and what k_i gives.
 Differences of times are taken before they are multiplied, or long gaps would cost digits.
@@ -43,8 +44,8 @@ class Tiles:
 def default_tiles(size: int, dtype: Any) -> Tiles:
     """Tiles for the larger of the head's two sizes."""
     if jnp.dtype(dtype).itemsize == 4:
-        return Tiles(32 if size > 64 else 64, 4 if size <= 64 else 8, 1)
-    return Tiles(64, 4 if size <= 64 else 8, 2)
+        return Tiles(32 if size <= 64 else 16, 8, 1)
+    return Tiles(64 if size <= 128 else 32, 4 if size <= 64 else 8, 2 if size <= 128 else 1)
 
 
 def _pow2(n: int) -> int:
