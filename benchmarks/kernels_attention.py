@@ -488,10 +488,10 @@ def retention_cases(run: Run, interpret: bool) -> list[dict[str, Any]]:
         tokens, heads, lengths = 64, 2, (64,)
     decay = jnp.log(1 - jnp.exp(jnp.linspace(np.log(1 / 32), np.log(1 / 512), heads)))
 
-    def add(length, size, how, f, backward, chunk):
+    def add(length, size, how, f, backward, block):
         batch = tokens // length
         args = [draw((batch, length, heads, size), BF16, i) for i in range(3)]
-        flops = batch * length * heads * (2 * chunk * size + 4 * size * size)  # half of each chunk is masked
+        flops = batch * length * heads * (2 * block * size + 4 * size * size)  # half of each block of scores is masked
         if backward:
             f, flops = with_gradient(f), flops * 3.5
             args.append(draw(args[0].shape, BF16, 4))
@@ -500,7 +500,7 @@ def retention_cases(run: Run, interpret: bool) -> list[dict[str, Any]]:
             | dict(flops=flops, bytes=4 * args[0].nbytes * (2 if backward else 1))
         )
 
-    def ours(chunk=128, implementation="pallas_gpu", tiles=None):
+    def ours(chunk=None, implementation="pallas_gpu", tiles=None):
         return lambda q, k, v: retention.retention(
             q, k, v, decay, chunk=chunk, implementation=implementation, tiles=tiles, interpret=interpret
         )[0]
@@ -508,16 +508,17 @@ def retention_cases(run: Run, interpret: bool) -> list[dict[str, Any]]:
     cudnn = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     for length in lengths:
         for backward in (False, True):
-            add(length, 64, "ours", ours(), backward, 128)
+            add(length, 64, "ours", ours(), backward, 64)
             add(length, 64, "xla chunkwise", ours(implementation="xla"), backward, 128)
             add(length, 64, "cudnn attention", cudnn, backward, length)
     if run.sweep:
-        tried = ((64, 64, 4, 2), (128, 64, 4, 3), (128, 128, 8, 2), (128, 32, 4, 2), (256, 64, 4, 2))
+        tried = [(chunk, 64, 4, 2) for chunk in (64, 128, 256, 512, 1024)]
+        tried += [(256, 64, 4, 1), (256, 64, 4, 3), (256, 64, 8, 2), (256, 128, 8, 2), (256, 32, 4, 2)]
         for chunk, steps, warps, stages in tried:
             f = ours(chunk, tiles=retention_gpu.Tiles(steps, warps, stages))
             for backward in (False, True):
                 how = f"ours chunk {chunk} tile {steps} warps {warps} stages {stages}"
-                add(lengths[min(2, len(lengths) - 1)], 64, how, f, backward, chunk)
+                add(lengths[min(2, len(lengths) - 1)], 64, how, f, backward, steps)
     return cases
 
 

@@ -14,8 +14,9 @@ F turns and shrinks the state into the frame of its own last position, so that n
 length, and neither queries nor states know absolute positions. The states come from an associative scan over chunks.
 
 Chunk by chunk a length L costs 2·L·c·(K+V) + 4·L·K·V FLOPs a head, c the chunk, and moves L·(2K+2V) elements and one
-state of K·V floats a chunk. On a GPU from ``WORTH`` steps on the part inside the chunks is a Pallas-Triton kernel that
-never writes the c×c scores (``retention_gpu``); elsewhere XLA runs it.
+state of K·V floats a chunk. On a GPU from ``WORTH`` steps on all of it but xPos is Pallas-Triton (``retention_gpu``):
+three kernels each way, which write no c×c scores. On a TPU what lies inside the chunks is a kernel; elsewhere XLA runs
+it.
 """
 
 import dataclasses
@@ -122,22 +123,23 @@ def retention(
         return _recurrent(*x)
     if form != "chunkwise":
         raise ValueError(f"form: expected chunkwise, parallel or recurrent, got {form!r}")
+    run = partial(_chunkwise, *x, chunk)
     if implementation == "xla":
-        inside = _inside
-    elif implementation in KERNELS:
-        kernels = KERNELS[implementation]
-        tiles = tiles or kernels.default_tiles(max(size, v.shape[3]), q.dtype)
-        inside = partial(kernels.inside, tiles=tiles, interpret=interpret)
-    else:
+        return run(inside=_inside)
+    if implementation not in KERNELS:
         raise ValueError(f"implementation: expected xla, {', '.join(KERNELS)}, got {implementation!r}")
-    return _chunkwise(*x, chunk, inside)
+    kernels = KERNELS[implementation]
+    settings = {"tiles": tiles or kernels.default_tiles(max(size, v.shape[3]), q.dtype), "interpret": interpret}
+    if implementation == "pallas_gpu":
+        return run(whole=partial(kernels.chunkwise, **settings))
+    return run(inside=partial(kernels.inside, **settings))
 
 
 def choose(length: int, chunk: int | None, size: int) -> str:
     """The implementation of the chunks on the platform that is compiled for, by steps and the larger size of a head."""
     where = platform()
-    if length < WORTH or size > 256 or partitioned():
-        return "xla"
+    if length < WORTH or size > (128 if where == "gpu" else 256) or partitioned():
+        return "xla"  # a GPU's kernel holds a state in registers
     if where == "tpu" and (chunk or 128) % 128 == 0:
         return "pallas_tpu"
     return "pallas_gpu" if where == "gpu" else "xla"
@@ -218,7 +220,8 @@ def _recurrent(q, k, v, log_decay, gaps, positions, state, scale):
     return jnp.moveaxis(out, 0, 1), state
 
 
-def _chunkwise(q, k, v, log_decay, gaps, positions, state, scale, chunk, inside):
+def _chunkwise(q, k, v, log_decay, gaps, positions, state, scale, chunk, *, inside=None, whole=None):
+    """Chunk by chunk: ``whole`` does all that follows xPos, or ``inside`` what happens within the chunks."""
     batch, length, heads, size = q.shape
     chunks = -(-length // chunk)
     pad = chunks * chunk - length  # steps behind the end: they keep nothing, and time stands still
@@ -230,6 +233,11 @@ def _chunkwise(q, k, v, log_decay, gaps, positions, state, scale, chunk, inside)
     ends = gaps.reshape(batch, chunks, chunk)[:, :, -1]
     starts = jnp.pad(ends[:, :-1], ((0, 0), (1, 0)))  # a chunk's state stands where the chunk before ends
     since = gaps.reshape(batch, chunks, chunk) - starts[..., None]  # differences of times before anything is multiplied
+    steps = length - chunk * (chunks - 1)  # of the last chunk, which may be shorter
+    if whole is not None:
+        frames = None if positions is None else np.stack([_multiplier(positions, n) for n in (chunk, steps)])
+        out, state = whole(q, k, v, since, log_decay, state, frames, scale=scale)
+        return out[:, :length], state
     rest = jnp.exp((since[..., -1:] - since)[..., None] * log_decay)  # (B, chunks, chunk, H)
     split = lambda a: a.reshape(batch, chunks, chunk, heads, -1)
     exact = "highest" if k.dtype == jnp.float32 else None

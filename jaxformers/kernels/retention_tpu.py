@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxformers.kernels.lazy import pl, pltpu
-from jaxformers.kernels.retention_gpu import time_gradients
 from jaxformers.kernels.tiles import dot
 
 
@@ -109,6 +108,14 @@ def _backward(interpret, saved, do):
 
 
 _inside.defvjp(_forward, _backward)
+
+
+def time_gradients(do, out, k, dk, since, log_decay):
+    """Gradients of ``since`` (B, L) and of ``log_decay`` (H,), from dd_i = dO_i · O_i − K_i · dK_i."""
+    dd = (do.astype(jnp.float32) * out).sum(-1) - (k.astype(jnp.float32) * dk).sum(-1)  # (B, L, H)
+    return jnp.einsum("blh,h->bl", dd, log_decay, precision="highest"), jnp.einsum(
+        "blh,bl->h", dd, since, precision="highest"
+    )
 
 
 def inside(q, k, v, since, log_decay, state, *, tiles: Tiles, interpret: bool = False):
