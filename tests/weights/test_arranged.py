@@ -105,7 +105,7 @@ def kernels(model):
     return [kernel.base if isinstance(kernel, LowRank) else kernel for kernel in found]
 
 
-def test_a_model_computes_and_saves_the_same(quantised, tmp_path):
+def test_a_model_computes_and_saves_the_same(quantised, tmp_path, monkeypatch):
     model, ids = quantised
     made = arrange(model)
     assert all(isinstance(k, ArrangedWeight) for k in kernels(made))
@@ -121,6 +121,11 @@ def test_a_model_computes_and_saves_the_same(quantised, tmp_path):
     assert all(isinstance(k, ArrangedWeight) for k in kernels(again))
     np.testing.assert_array_equal(logits(again, ids), outputs[1])
     assert all(isinstance(k, PackedWeight) for k in kernels(jf.load(tmp_path / "b")))  # no GPU here
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr(jf.hub.lowbit, "platform", lambda: "gpu")
+        assert all(isinstance(k, ArrangedWeight) for k in kernels(jf.load(tmp_path / "b")))
+        for change in ({"arrange": False}, {"mapped": True}, {"mesh": jf.mesh("data=1")}):
+            assert all(isinstance(k, PackedWeight) for k in kernels(jf.load(tmp_path / "b", **change)))
     for change in ({"mapped": True}, {"mesh": jf.mesh("data=1")}):
         with pytest.raises(ValueError, match="arrange: the layout is one device's"):
             jf.load(tmp_path / "b", arrange=True, **change)
