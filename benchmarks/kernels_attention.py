@@ -317,14 +317,17 @@ def parity_rest(run: Run, interpret: bool) -> None:
 
 
 def with_gradient(f: Any) -> Any:
-    """The gradients of Σ weight · f(*args) in all args; the weight is the last argument."""
+    """f(*args) and its gradients in all args, pulled back from the last argument.
 
-    def gradients(*args):
-        *args, weight = args
-        loss = lambda *a: (f(*a).astype(F32) * weight.astype(F32)).sum()
-        return jax.grad(loss, argnums=tuple(range(len(args))))(*args)
+    The value is an output: a backward pass that does not need it would leave the forward pass out.
+    """
 
-    return gradients
+    def both(*args):
+        *args, cotangent = args
+        value, pull = jax.vjp(f, *args)
+        return value, pull(cotangent)
+
+    return both
 
 
 def attention_cases(run: Run, interpret: bool) -> list[dict[str, Any]]:
