@@ -41,6 +41,7 @@ from jaxformers.compress.sweep import sweep
 from jaxformers.data import text
 from jaxformers.models.config import positions_of
 from jaxformers.models.keymap import all_keys, lookup, own_name, prefix_of
+from jaxformers.weights.base import innermost, rebase
 from jaxformers.weights.masked import settle_masks
 from jaxformers.weights.packed import PackedWeight
 from jaxformers.weights.ternary import TernaryWeight
@@ -154,7 +155,7 @@ def _recorded(
     ternary = [
         (path, weight)
         for path, linear in surgery.with_kernels(model)
-        if isinstance(weight := _innermost(linear.kernel.get_value()), TernaryWeight)
+        if isinstance(weight := innermost(linear.kernel.get_value()), TernaryWeight)
     ]
     if ternary:
         return surgery.record(
@@ -188,12 +189,6 @@ def _name_in_file(model: nnx.Module, path: str) -> str:
     return own_name(f"{path}.kernel")[0].name if found is None else prefix_of(arch, model.head_name) + found[0].name
 
 
-def _innermost(kernel: Any) -> Any:
-    while isinstance(kernel, weights.LowRank | weights.Masked):
-        kernel = kernel.base
-    return kernel
-
-
 def dequantize(model: nnx.Module, dtype: Any = None) -> nnx.Module:
     """A copy of ``model`` with plain arrays in place of packed and ternary kernels (in ``dtype``; default: as the
     embeddings). Low-rank updates on top of them stay. The copy saves as an ordinary checkpoint.
@@ -203,14 +198,11 @@ def dequantize(model: nnx.Module, dtype: Any = None) -> nnx.Module:
         dtype = next(leaf.dtype for leaf in jax.tree.leaves(nnx.state(model.embeddings)))
 
     def plain(kernel: Any) -> Any:
-        if isinstance(kernel, PackedWeight | TernaryWeight | weights.ArrangedWeight):
-            return jnp.asarray(kernel.dense(), dtype)
-        if isinstance(kernel, weights.LowRank | weights.Masked):
-            return dataclasses.replace(kernel, base=plain(kernel.base))
-        return kernel
+        packed = isinstance(kernel, PackedWeight | TernaryWeight | weights.ArrangedWeight)
+        return jnp.asarray(kernel.dense(), dtype) if packed else kernel
 
     for _, linear in surgery.with_kernels(model):
-        linear.kernel.set_value(plain(linear.kernel.get_value()))
+        linear.kernel.set_value(rebase(linear.kernel.get_value(), plain))
     hf = json.loads(model.config.hf)
     hf.pop("quantization_config", None)
     model.config = dataclasses.replace(model.config, hf=json.dumps(hf, sort_keys=True))

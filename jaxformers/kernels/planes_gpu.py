@@ -1,4 +1,4 @@
-"""Pallas-Triton kernels for weights in planes. See :mod:`jaxformers.kernels.planes` for the layout.
+"""Pallas-Triton kernels for weights in planes. The layout is :mod:`jaxformers.kernels.planes_layout`'s.
 
 `matmul` copies cells, scales and x ahead into shared memory, loads cells from there as the matrix units want their
 operand, and turns two codes at a time into numbers by two or three instructions (PTX: a compiler left to itself takes
@@ -126,6 +126,7 @@ def _apart(bits: int, dtype: Any) -> bool:
 
 
 def _zeros(zeros: jax.Array, bits: int, dtype: Any) -> jax.Array:
+    """Zeros in `dtype`, with the power of two that codes in a mantissa come with."""
     return (zeros + (0 if _apart(bits, dtype) else _magic(dtype)[1])).astype(jnp.float32).astype(dtype)
 
 
@@ -269,7 +270,7 @@ def _cost(shape: Shape, dtype: Any, flops: int):
 
 
 def matmul(x: jax.Array, planes: Planes, shape: Shape, tile: Tile, interpret: bool = False) -> jax.Array:
-    """x (m, k) times the matrix -> (m, n) in the dtype of x."""
+    """x (m, k), bfloat16 or float16, times the matrix -> (m, n) in the dtype of x."""
     out = jax.ShapeDtypeStruct((tile.splits, shape.m, shape.n), x.dtype if tile.splits == 1 else jnp.float32)
     partial = pl.pallas_call(
         functools.partial(_kernel, shape=shape, tile=tile, interpret=interpret),

@@ -1,6 +1,5 @@
 """Filling an abstract model from a checkpoint: each parameter finds its tensor, shape and dtype checked beforehand."""
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,6 +29,7 @@ from jaxformers.nn.keys import Keys
 from jaxformers.safetensors_file import show
 from jaxformers.safetensors_io import Checkpoint, CheckpointError, LazyTensor
 from jaxformers.weights import gptq_format
+from jaxformers.weights.base import innermost, rebase
 
 
 class Names:
@@ -84,23 +84,15 @@ def expect_packed(model: nnx.Module, arch: Any, hf: Mapping[str, Any], checkpoin
         if not isinstance(getattr(module, "kernel", None), nnx.Variable):
             continue
         kernel = module.kernel.get_value()
-        if weights.is_typed(_innermost(kernel)):  # surgery says what it is
+        if weights.is_typed(innermost(kernel)):  # surgery says what it is
             continue
         path = ".".join(map(str, path)) + ".kernel"
         found = lookup(keys, path) or own_name(path)
         if names.get(f"{found[0].name}.qweight") is not None:
             tensors = names.under(found[0].name)
             own = settings.for_layer(names.in_file[f"{found[0].name}.qweight"].removesuffix(".qweight"))
-            module.kernel.set_value(_on(gptq_format.abstract(own, kernel.shape, tensors), kernel))
-
-
-def _innermost(kernel: Any) -> Any:
-    return _innermost(kernel.base) if hasattr(kernel, "base") else kernel
-
-
-def _on(base: Any, kernel: Any) -> Any:
-    """``base`` where the plain array stood in ``kernel``: it may carry a low-rank update or a mask."""
-    return dataclasses.replace(kernel, base=_on(base, kernel.base)) if hasattr(kernel, "base") else base
+            packed = gptq_format.abstract(own, kernel.shape, tensors)
+            module.kernel.set_value(rebase(kernel, lambda _, packed=packed: packed))
 
 
 def fill(

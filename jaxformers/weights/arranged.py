@@ -19,7 +19,7 @@ from jaxformers.kernels import planes
 from jaxformers.kernels.planes_layout import Planes, codes_of, plane_of, scales_and_zeros
 from jaxformers.kernels.planes_layout import arrange as arrange_codes
 from jaxformers.weights import words
-from jaxformers.weights.base import Read
+from jaxformers.weights.base import Read, innermost, rebase
 from jaxformers.weights.packed import PackedWeight, trivial_groups
 from jaxformers.weights.ternary import TernaryWeight
 
@@ -156,23 +156,14 @@ def arrange(model: nnx.Module) -> nnx.Module:
 def restored(model: nnx.Module) -> nnx.Module:
     """The inverse of :func:`arrange`; ``model`` itself where nothing was arranged."""
     kernels = [linear.kernel.get_value() for _, linear in surgery.with_kernels(model)]
-    if not any(isinstance(_innermost(kernel), ArrangedWeight) for kernel in kernels):
+    if not any(isinstance(innermost(kernel), ArrangedWeight) for kernel in kernels):
         return model
     return _replaced(surgery.copy(model), ArrangedWeight, ArrangedWeight.packed)
 
 
-def _innermost(kernel: Any) -> Any:
-    return _innermost(kernel.base) if hasattr(kernel, "base") else kernel
-
-
 def _replaced(model: nnx.Module, kind: Any, f: Any) -> nnx.Module:
-    def one(kernel: Any) -> Any:
-        if hasattr(kernel, "base"):
-            return dataclasses.replace(kernel, base=one(kernel.base))
-        return f(kernel) if isinstance(kernel, kind) else kernel
-
     for _, linear in surgery.with_kernels(model):
         kernel = linear.kernel.get_value()
-        if isinstance(_innermost(kernel), kind):
-            linear.kernel.set_value(one(kernel))
+        if isinstance(innermost(kernel), kind):
+            linear.kernel.set_value(rebase(kernel, f))
     return model

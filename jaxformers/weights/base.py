@@ -1,5 +1,6 @@
 """The protocol of typed weights and the functions that dispatch on it. See :mod:`jaxformers.weights`."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -43,6 +44,16 @@ class Weight(Protocol):
 def is_typed(w: Any) -> bool:
     """True for a typed weight, False for an array (or the shape of one)."""
     return hasattr(w, "to_tensors") and hasattr(w, "matmul")
+
+
+def innermost(w: Any) -> Any:
+    """What low-rank updates, masks and the like stand upon: the weight without a ``base`` of its own."""
+    return innermost(w.base) if hasattr(w, "base") else w
+
+
+def rebase(w: Any, f: Callable[[Any], Any]) -> Any:
+    """``w`` with ``f(innermost(w))`` in the place of its innermost weight."""
+    return dataclasses.replace(w, base=rebase(w.base, f)) if hasattr(w, "base") else f(w)
 
 
 def matmul(x: jax.Array, w: Any) -> jax.Array:

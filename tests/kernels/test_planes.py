@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import aot
+from kernels.test_lowbit import KINDS, error, inputs
 
 from jaxformers.kernels import planes, planes_gpu
 from jaxformers.kernels.planes_layout import (
@@ -21,7 +22,6 @@ from jaxformers.kernels.planes_layout import (
     unit,
 )
 
-KINDS = ("2", "3", "4", "8", "ternary")
 BOUNDS = {"float32": 1e-6, "float16": 1.5e-3, "bfloat16": 8e-3}  # of the largest output
 Tile = planes_gpu.Tile
 
@@ -47,16 +47,6 @@ def operands(kind, k, n, group_size, seed=0):
 
 def shape_of(kind, made, m, k, group_size):
     return planes.shape_of(made, m, 2 if kind == "ternary" else int(kind), k, group_size)
-
-
-def inputs(m, k, dtype, seed=1):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal((m, k)), dtype)
-
-
-def error(y, x, dense):
-    expected = np.asarray(x, np.float64) @ dense
-    assert y.shape == expected.shape and y.dtype == x.dtype
-    return np.abs(np.asarray(y, np.float64) - expected).max() / np.abs(expected).max()
 
 
 # -- layout -----------------------------------------------------------------------------------------------------------
