@@ -486,22 +486,22 @@ def mla_cases(run: Run, interpret: bool) -> list[dict[str, Any]]:
 
 def retention_cases(run: Run, interpret: bool) -> list[dict[str, Any]]:
     tokens, heads, cases = 32768, 8, []
-    lengths = (1024, 2048, 4096, 8192, 32768)
+    lengths = (512, 1024, 2048, 4096, 8192, 32768)
     if run.smoke:
         tokens, heads, lengths = 64, 2, (64,)
     decay = jnp.log(1 - jnp.exp(jnp.linspace(np.log(1 / 32), np.log(1 / 512), heads)))
 
-    def add(length, size, how, f, backward, block):
+    def add(length, size, how, f, backward, block, dtype=BF16):
         batch = tokens // length
-        args = [draw((batch, length, heads, size), BF16, i) for i in range(3)]
+        args = [draw((batch, length, heads, size), dtype, i) for i in range(3)]
         flops = batch * length * heads * (2 * block * size + 4 * size * size)  # half of each block of scores is masked
         if backward:
             f, flops = with_gradient(f), flops * 3.5
-            args.append(draw(args[0].shape, BF16, 4))
-        cases.append(
-            dict(table="retention", length=length, size=size, how=how, backward=backward, f=f, args=args)
-            | dict(flops=flops, bytes=4 * args[0].nbytes * (2 if backward else 1))
-        )
+            args.append(draw(args[0].shape, dtype, 4))
+        kind = dict(length=length, size=size, dtype=jnp.dtype(dtype).name, how=how, backward=backward)
+        peak = "flops16" if dtype == BF16 else "flops32"
+        moved = 4 * args[0].nbytes * (2 if backward else 1)
+        cases.append(dict(table="retention", **kind, f=f, args=args, flops=flops, bytes=moved, peak=peak))
 
     def ours(chunk=None, implementation="pallas_gpu", tiles=None):
         return lambda q, k, v: retention.retention(
@@ -514,6 +514,10 @@ def retention_cases(run: Run, interpret: bool) -> list[dict[str, Any]]:
             add(length, 64, "ours", ours(), backward, 64)
             add(length, 64, "xla chunkwise", ours(implementation="xla"), backward, 128)
             add(length, 64, "cudnn attention", cudnn, backward, length)
+    for size, dtype in ((128, BF16), (64, F32), (128, F32), (32, BF16)):  # where a state may not fit in registers
+        for backward in (False, True):
+            add(lengths[len(lengths) // 2], size, "ours", ours(), backward, 64, dtype)
+            add(lengths[len(lengths) // 2], size, "xla chunkwise", ours(implementation="xla"), backward, 128, dtype)
     if run.sweep:
         tried = [(chunk, 64, 4, 2) for chunk in (64, 128, 256, 512, 1024)]
         tried += [(256, 64, 4, 1), (256, 64, 4, 3), (256, 64, 8, 2), (256, 128, 8, 2), (256, 32, 4, 2)]

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bare  # noqa: E402
 
 layout, planes, gpu = bare.kernel("planes_layout"), bare.kernel("planes"), bare.kernel("planes_gpu")
-lowbit = bare.kernel("lowbit")
-Tile = gpu.Tile
+few, lowbit = bare.kernel("planes_mosaic"), bare.kernel("lowbit")
+Tile, Few = gpu.Tile, few.Tile
 
 CACHE = 100e6  # bytes of weights in a chain: twice the L2 cache of an H100
 BANDWIDTH, FLOPS = 3.35e12, 989e12  # H100 SXM: bytes and bfloat16 FLOPs a second
@@ -108,6 +108,8 @@ class Kind:
             return lambda x, w: jax.lax.dot_general(x, gpu.dense(w, shape, x.dtype, interpret=INTERPRET), contract)
         if how is None:
             return lambda x, w: planes.matmul(x, w, **options, k=self.k)
+        if isinstance(how, Few):
+            return lambda x, w: few.matmul(x, w, shape, how)
         return lambda x, w: gpu.matmul(x, w, shape, how, INTERPRET)
 
 
@@ -117,6 +119,8 @@ def nbytes(arrays) -> int:
 
 def compiled_chain(product, shapes: list, x: jax.Array, repeats: int):
     """Compile x -> product(x, w1) -> … through the operands of `shapes`, `repeats` times over."""
+
+    product = jax.jit(product)  # lowered once, not once for every link of the chain
 
     def run(x, operands):
         def body(_, x):
@@ -180,6 +184,8 @@ def parity(log: Log) -> None:
     """Every kernel, kind of weight and dtype against the definition in float64, on this device."""
     names = ("2", "3", "4", "8", "ternary")
     tiles = {
+        "few rows": Few(),
+        "few rows, one block": Few(1, 4),
         "two warps, fold": Tile(16, 2, fold=4, warps=2, stages=3),
         "two warps, splits": Tile(64, 16, splits=2, warps=2, stages=3),
         "four warps, fold": Tile(32, 1, fold=4, stages=3),
@@ -192,6 +198,9 @@ def parity(log: Log) -> None:
     ]
     cases += [("4", "four warps, fold", BF16, 1, 2048, 64, 128), ("4", "two warps, fold", F16, 5, 544, 40, -1)]
     cases += [("8", "four warps", BF16, 130, 1024, 192, 128), ("3", "four warps, fold", F16, 1, 2048, 64, -1)]
+    rows = {BF16: (1, 3, 16), F16: (8, 20)}
+    cases += [(n, "few rows", dtype, m, 1056, 72, 32) for n in names for dtype in rows for m in rows[dtype]]
+    cases += [(n, "few rows, one block", BF16, 1, 4096, 1000, 128) for n in names]
     cases += [(n, "dense", dtype, 1, 1056, 72, 32) for n in names for dtype in (BF16, F16, F32)]
 
     def one(case):
@@ -230,6 +239,8 @@ def candidates(name: str, m: int) -> list:
     """Tiles to try, the chosen one first."""
     chosen = gpu.tile_for(Kind(name, 4096, 4096, 128).shape(m), BF16)
     found = [DENSE if chosen is None else chosen]
+    if m <= 32:
+        found += [Few(b, w) for b, w in ((1, 4), (1, 8), (2, 4), (2, 8), (2, 16), (4, 8), (4, 16))]
     if m <= 4:
         rows = 1 << (m - 1).bit_length()
         found += [Tile(16, rows, 4, warps=2, stages=s) for s in (3, 4, 5)]
@@ -249,6 +260,8 @@ def candidates(name: str, m: int) -> list:
 
 
 def show(how) -> str:
+    if isinstance(how, Few):
+        return f"`{how!r}` of planes_mosaic"
     if not isinstance(how, Tile):
         return how
     default = Tile(0, 0)

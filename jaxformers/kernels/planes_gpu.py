@@ -95,47 +95,59 @@ def _and_or(target: str, mask: int, other: str) -> str:
     return f"lop3.b32 {target}, t, {hex(mask * 0x10001)}, {other}, 0xEA;"
 
 
-def _plane(cells: list[jax.Array], zeros, j: int, bits: int, dtype: Any, interpret: bool) -> jax.Array:
-    """The codes of plane j less `zeros` (which holds :func:`_magic`'s number more, see :func:`_zeros`), in `dtype`."""
-    per = CELL // bits
-    split = bits == 3 and j == 15  # the code whose bits are the last of three cells
-    if interpret:
-        wide = [c.astype(jnp.int32) & 0xFFFF for c in cells]
-        code = sum((c >> 15) << i for i, c in enumerate(wide)) if split else wide[j // per] >> (bits * (j % per))
-        magic = 0 if _apart(bits, dtype) else _magic(dtype)[1]
-        return ((code & (2**bits - 1)) + magic).astype(jnp.float32).astype(dtype) - zeros
-    magic = hex(_magic(dtype)[0] * 0x10001)
-    if split:
+def plane_ptx(j: int, bits: int, dtype: Any) -> tuple[list[int], str]:
+    """(which cells, PTX) that make of them, and of zeros as the last argument, the codes of plane j less the zeros."""
+    per, magic = CELL // bits, hex(_magic(dtype)[0] * 0x10001)
+    if bits == 3 and j == 15:  # the code whose bits are the last of three cells
         body = "".join(_shift(f"${i + 1}", 15 - i) + _and_or("u", 1 << i, magic if i == 0 else "u") for i in range(3))
-        return _asm(body + "sub.rn.KIND $0, u, $4;", [*cells, zeros], dtype)
-    cells, j = cells[j // per], j % per
+        return [0, 1, 2], body + "sub.rn.KIND $0, u, $4;"
+    cell, j = divmod(j, per)
     body = _shift("$1", bits * j)
-    if not _apart(bits, dtype):
-        body += _and_or("t", 2**bits - 1, magic) + "sub.rn.KIND $0, t, $2;"
-        return _asm(body, [cells, zeros], dtype)
+    if not apart(bits, dtype):
+        return [cell], body + _and_or("t", 2**bits - 1, magic) + "sub.rn.KIND $0, t, $2;"
     # Eight bits exceed the seven of the mantissa: halves of four, 128 + low and 2048 + 16 · high, all steps exact.
     body += _and_or("u", 15, magic) + "shr.u32 t, t, 4;" + _and_or("t", 15, hex(0x45004500))
     body += "{ .reg .b32 a, b; mov.b32 a, 0x43004300; mov.b32 b, 0x45004500; "
     body += "sub.rn.KIND u, u, a; sub.rn.KIND t, t, b; } sub.rn.KIND t, t, $2; add.rn.KIND $0, t, u;"
-    return _asm(body, [cells, zeros], dtype)
+    return [cell], body
 
 
-def _apart(bits: int, dtype: Any) -> bool:
+def bit_ptx(at: int, dtype: Any) -> str:
+    """PTX that makes 0 or 1 of bit ``at`` of a cell."""
+    one = 0x3F80 if dtype == jnp.bfloat16 else 0x3C00
+    return _shift("$1", at) + f"and.b32 t, t, 0x10001; mul.lo.u32 $0, t, {hex(one)};"
+
+
+def _plane(cells: list[jax.Array], zeros, j: int, bits: int, dtype: Any, interpret: bool) -> jax.Array:
+    """The codes of plane j less `zeros` (which holds :func:`_magic`'s number more, see :func:`_zeros`), in `dtype`."""
+    if not interpret:
+        which, body = plane_ptx(j, bits, dtype)
+        return _asm(body, [*(cells[i] for i in which), zeros], dtype)
+    per = CELL // bits
+    wide = [c.astype(jnp.int32) & 0xFFFF for c in cells]
+    if bits == 3 and j == 15:
+        code = sum((c >> 15) << i for i, c in enumerate(wide))
+    else:
+        code = wide[j // per] >> (bits * (j % per))
+    magic = 0 if apart(bits, dtype) else _magic(dtype)[1]
+    return ((code & (2**bits - 1)) + magic).astype(jnp.float32).astype(dtype) - zeros
+
+
+def apart(bits: int, dtype: Any) -> bool:
     """Do codes exceed the mantissa, so that nothing is added to them (and to zeros)?"""
     return bits == 8 and dtype == jnp.bfloat16
 
 
 def _zeros(zeros: jax.Array, bits: int, dtype: Any) -> jax.Array:
     """Zeros in `dtype`, with the power of two that codes in a mantissa come with."""
-    return (zeros + (0 if _apart(bits, dtype) else _magic(dtype)[1])).astype(jnp.float32).astype(dtype)
+    return (zeros + (0 if apart(bits, dtype) else _magic(dtype)[1])).astype(jnp.float32).astype(dtype)
 
 
 def _bit(cells: jax.Array, at: int, dtype: Any, interpret: bool) -> jax.Array:
     """Bit `at` of every cell as 0 or 1."""
     if interpret:
         return ((cells.astype(jnp.int32) >> at) & 1).astype(jnp.float32).astype(dtype)
-    one = 0x3F80 if dtype == jnp.bfloat16 else 0x3C00
-    return _asm(_shift("$1", at) + f"and.b32 t, t, 0x10001; mul.lo.u32 $0, t, {hex(one)};", [cells], dtype)
+    return _asm(bit_ptx(at, dtype), [cells], dtype)
 
 
 # -------------------------------------------------------------------------------------------------------- kernels

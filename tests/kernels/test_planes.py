@@ -1,7 +1,5 @@
 """Weights in planes: the layout, the kernels in the interpreter, their PTX by hand, and lowered for CUDA."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import aot
 from kernels.test_lowbit import KINDS, error, inputs
+from kernels.threads import run_ptx
 
 from jaxformers.kernels import planes, planes_gpu
 from jaxformers.kernels.planes_layout import (
@@ -159,37 +158,6 @@ def test_gradients_vmap_and_jit(kind, implementation):
 # -- PTX, executed by hand --------------------------------------------------------------------------------------------
 
 
-PTX = {
-    "mov.b32": lambda a, b: a,
-    "shr.u32": np.right_shift,
-    "shl.b32": np.left_shift,
-    "and.b32": np.bitwise_and,
-    "mul.lo.u32": np.multiply,
-}
-
-
-def run_ptx(asm, registers, dtype):
-    """What the few instructions in use leave in $0; registers are uint32 arrays of two 16-bit lanes each."""
-    lanes = lambda v: np.asarray(v, np.uint32).view(np.uint16).view(dtype)
-    values = {f"${i + 1}": np.asarray(r, np.uint32) for i, r in enumerate(registers)}
-    read = lambda name: values[name] if name in values else np.uint32(int(name, 0))
-    body = re.sub(r"\.reg \.b32 [a-z, ]+;|[{}]", "", asm)
-    for line in filter(None, (part.strip() for part in body.split(";"))):
-        name, rest = line.split(" ", 1)
-        to, *sources = (part.strip() for part in rest.split(","))
-        a, b = (read(source) for source in (*sources, "0")[:2])
-        if name.startswith(("sub.rn", "add.rn")):
-            sign = -1 if name.startswith("sub") else 1
-            exact = lanes(a).astype(np.float64) + sign * lanes(b).astype(np.float64)
-            values[to] = exact.astype(dtype).view(np.uint16).view(np.uint32)
-        elif name == "lop3.b32":
-            assert int(sources[3], 0) == 0xEA  # (a and b) or c
-            values[to] = (a & b) | read(sources[2])
-        else:
-            values[to] = PTX[name](a, b) + 0 * values["$1"]
-    return lanes(values["$0"])
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_ptx_of_every_plane(kind, dtype, monkeypatch):
@@ -203,7 +171,8 @@ def test_the_ptx_of_every_plane(kind, dtype, monkeypatch):
     def asm(body, args, *, constraints, pack, result_shape_dtypes, **_):
         assert pack == 2 and constraints == ",".join(["=r"] + ["r"] * len(args))
         seen.append(len(args))
-        return [run_ptx(body, [np.asarray(a).view(np.uint16).view(np.uint32) for a in args], dtype)]
+        left = run_ptx(body, [np.asarray(a).view(np.uint16).view(np.uint32) for a in args], dtype)
+        return [left.view(np.uint16).view(dtype)]
 
     monkeypatch.setattr(
         planes_gpu.plgpu, "elementwise_inline_asm", lambda asm_, **o: asm(asm_, o.pop("args"), **o), False

@@ -1,0 +1,71 @@
+"""The Hopper kernel of products of few rows: every thread of it run by NumPy, lowered, and what it takes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels import aot
+from kernels.test_lowbit import KINDS, error, inputs
+from kernels.test_planes import BOUNDS, operands, shape_of
+from kernels.threads import Threads
+
+from jaxformers.kernels import planes_mosaic
+from jaxformers.kernels.planes_mosaic import Tile
+
+
+def run(x, made, shape, tile):
+    """The kernel, thread by thread."""
+    half = "bf16" if x.dtype == jnp.bfloat16 else "f16"
+    w = Threads(half, -(-shape.cells[0] // tile.blocks), tile.warps)
+    cells, levels = np.asarray(made.cells), np.asarray(made.levels)
+    negative = None if made.negative is None else np.asarray(made.negative)
+    y = np.full((shape.m, shape.n), np.nan, x.dtype)
+    sums = np.full((w.shape[0], tile.warps * tile.blocks * 16 * -(-shape.m // 8) * 8), np.nan, np.float32)
+    planes_mosaic.fetch(w, cells, shape, tile)
+    planes_mosaic.compute(w, np.asarray(x), cells, levels, negative, y, sums, shape, tile)
+    covered = np.zeros(cells.size, int)
+    for at, size in w.fetched:
+        covered[at : at + size] += 1
+    assert (covered == 1).all()  # all cells are fetched ahead, each once
+    return y
+
+
+CASES = [  # kind, dtype, m, k, n, group size, tile: units, rows and outputs that fit and that do not
+    ("2", "bfloat16", 1, 1024, 64, 128, Tile(2, 4)),
+    ("2", "float16", 5, 544, 40, 32, Tile(1, 4)),
+    ("3", "bfloat16", 1, 1056, 40, 96, Tile(2, 4)),
+    ("3", "float16", 20, 2048, 72, -1, Tile(1, 4)),
+    ("4", "bfloat16", 1, 4096, 64, 128, Tile(2, 4)),
+    ("4", "bfloat16", 3, 1056, 40, 32, Tile(2, 8)),
+    ("4", "float16", 16, 640, 72, 64, Tile(4, 4)),
+    ("4", "bfloat16", 9, 3072, 48, 256, Tile(2, 4)),
+    ("8", "bfloat16", 8, 512, 64, 128, Tile(2, 4)),
+    ("8", "float16", 9, 544, 40, 32, Tile(1, 8)),
+    ("ternary", "bfloat16", 1, 1056, 40, 96, Tile(2, 4)),
+    ("ternary", "float16", 17, 512, 72, -1, Tile(2, 4)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}x{c[3]}x{c[4]}-g{c[5]}")
+def test_products(case):
+    kind, dtype, m, k, n, group_size, tile = case
+    made, dense, _ = operands(kind, k, n, group_size)
+    x = inputs(m, k, dtype)
+    assert error(run(x, made, shape_of(kind, made, m, k, group_size), tile), x, dense) < BOUNDS[dtype]
+
+
+@settings(max_examples=12)
+@given(
+    st.sampled_from(KINDS),
+    st.integers(1, 24),
+    st.integers(1, 60),
+    st.integers(1, 70),
+    st.sampled_from([-1, 32, 64, 96]),
+    st.integers(0, 2**31),
+)
+def test_odd_shapes(kind, m, k, n, group_size, seed):
+    made, dense, _ = operands(kind, 32 * k, n, group_size, seed)
+    x = inputs(m, 32 * k, jnp.bfloat16, seed)
+    assert error(run(x, made, shape_of(kind, made, m, 32 * k, group_size), Tile(2, 4)), x, dense) < BOUNDS["bfloat16"]
