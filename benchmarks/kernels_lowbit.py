@@ -186,18 +186,15 @@ def parity(log: Log) -> None:
     tiles = {
         "few rows": Few(),
         "few rows, one block": Few(1, 4),
-        "two warps, fold": Tile(16, 2, fold=4, warps=2, stages=3),
         "two warps, splits": Tile(64, 16, splits=2, warps=2, stages=3),
-        "four warps, fold": Tile(32, 1, fold=4, stages=3),
         "four warps": Tile(64, 64, stages=3),
     }
     cases = [
         (n, how, dtype, m, 1056, 72, 32)
         for n in names
-        for how, dtype, m in (("two warps, fold", BF16, 3), ("two warps, splits", F16, 20), ("four warps", BF16, 70))
+        for how, dtype, m in (("two warps, splits", F16, 20), ("four warps", BF16, 70))
     ]
-    cases += [("4", "four warps, fold", BF16, 1, 2048, 64, 128), ("4", "two warps, fold", F16, 5, 544, 40, -1)]
-    cases += [("8", "four warps", BF16, 130, 1024, 192, 128), ("3", "four warps, fold", F16, 1, 2048, 64, -1)]
+    cases += [("8", "four warps", BF16, 130, 1024, 192, 128), ("4", "few rows", F16, 5, 544, 40, -1)]
     rows = {BF16: (1, 3, 16), F16: (8, 20)}
     cases += [(n, "few rows", dtype, m, 1056, 72, 32) for n in names for dtype in rows for m in rows[dtype]]
     cases += [(n, "few rows, one block", BF16, 1, 4096, 1000, 128) for n in names]
@@ -235,24 +232,17 @@ def parity(log: Log) -> None:
     log("; ".join(f"{how} {dtype} {error:.1e}" for (how, dtype), error in sorted(worst.items())) + "\n")
 
 
+def chosen(shape):
+    """What `planes.matmul` takes for bfloat16."""
+    return few.tile_for(shape) if few.takes(shape, BF16) else gpu.tile_for(shape, BF16) or DENSE
+
+
 def candidates(name: str, m: int) -> list:
     """Tiles to try, the chosen one first."""
-    chosen = gpu.tile_for(Kind(name, 4096, 4096, 128).shape(m), BF16)
-    found = [DENSE if chosen is None else chosen]
+    found = [chosen(Kind(name, 4096, 4096, 128).shape(m))]
     if m <= 32:
-        found += [Few(b, w) for b, w in ((1, 4), (1, 8), (2, 4), (2, 8), (2, 16), (4, 8), (4, 16))]
-    if m <= 4:
-        rows = 1 << (m - 1).bit_length()
-        found += [Tile(16, rows, 4, warps=2, stages=s) for s in (3, 4, 5)]
-        found += [
-            Tile(16, rows, 8, warps=2, stages=3),
-            Tile(8, rows, 8, warps=2, stages=3),
-            Tile(16, rows, 8, stages=3),
-        ]
-    elif m <= 32:
-        rows = max(8, 1 << (m - 1).bit_length())
-        found += [Tile(64, rows, splits=4, warps=2, stages=s) for s in (3, 4, 5)]
-        found += [Tile(64, rows, splits=8, warps=2, stages=3), Tile(32, rows, splits=4, warps=2, stages=4)]
+        found += [Few(b, w, early) for b, w in ((1, 4), (1, 8), (2, 8), (2, 16)) for early in (False, True)]
+        found += [Tile(64, 16 if m <= 16 else 32, splits=s, warps=2, stages=3) for s in (4, 8)]
     else:
         found += [Tile(64, 64, splits=s, stages=3) for s in (1, 2, 4)]
         found += [Tile(128, 64, splits=s, stages=3) for s in (1, 2)] + [Tile(128, 64, warps=8), DENSE]
@@ -261,7 +251,7 @@ def candidates(name: str, m: int) -> list:
 
 def show(how) -> str:
     if isinstance(how, Few):
-        return f"`{how!r}` of planes_mosaic"
+        return f"few rows, `{how!r}`"
     if not isinstance(how, Tile):
         return how
     default = Tile(0, 0)
@@ -305,8 +295,7 @@ def measure(jobs: list, ways, group: int, log: Log, left) -> None:
             continue
         how = case.how
         if how is None:
-            tile = gpu.tile_for(case.kind.shape(case.m), jnp.dtype(BF16))
-            how = f"chosen: {show(DENSE if tile is None else tile)}"
+            how = f"chosen: {show(chosen(case.kind.shape(case.m)))}"
         seconds = case.seconds(program)
         log(row(case, seconds, f"{show(how)}, compiled in {compiling:.0f} s", dots[case.m, case.kind.k]))
 

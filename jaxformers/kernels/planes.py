@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxformers.kernels import lowbit, planes_gpu
+from jaxformers.kernels import lowbit, planes_gpu, planes_mosaic
 from jaxformers.kernels.planes_layout import Planes, Shape, codes_of, plane_of, scales_and_zeros
 
 Implementation = Literal["xla", "gpu"]
@@ -92,6 +92,8 @@ def _transposed(planes: Planes, how, dtype: Any) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(how, x: jax.Array, planes: Planes) -> jax.Array:
     shape, chosen, interpret = how
+    if chosen == "gpu" and not interpret and planes_mosaic.takes(shape, x.dtype):
+        return planes_mosaic.matmul(x, planes, shape)
     tile = planes_gpu.tile_for(shape, x.dtype) if chosen == "gpu" else None
     if tile is not None:
         return planes_gpu.matmul(x, planes, shape, tile, interpret)

@@ -5,10 +5,8 @@ operand, and turns two codes at a time into numbers by two or three instructions
 one code at a time). The product is formed as (outputs, rows of x), so that weights are the operand that comes from
 registers. Codes less zeros are whole numbers, which bfloat16 holds exactly; sums and scales are float32.
 
-Where x has few rows, `fold` parts of the inputs are multiplied side by side: a program's tile of outputs is (part,
-output), x comes as rows (row, part), and of all their products those with equal parts are kept and summed. The matrix
-units would stand idle otherwise, and no program has to wait for another one's partial sums. Two warps a program take
-the matrix units' older instructions, for which nothing has to wait; four and 64 rows take those of Hopper.
+Two warps a program take the matrix units' older instructions, for which nothing has to wait; four and 64 rows take
+those of Hopper. Products of up to 32 rows in 16 bits are :mod:`jaxformers.kernels.planes_mosaic`'s.
 """
 
 import dataclasses
@@ -27,14 +25,10 @@ from jaxformers.kernels.planes_layout import CELL, ROWS, Planes, Shape, scales_a
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """A program computes `m` rows of x × `n` outputs of the matrix over one of `splits` parts of the inputs.
-
-    `fold` further parts are multiplied side by side; the matrix units see n·fold × m·fold.
-    """
+    """A program computes `m` rows of x × `n` outputs of the matrix over one of `splits` parts of the inputs."""
 
     n: int
     m: int
-    fold: int = 1
     splits: int = 1
     warps: int = 4
     stages: int = 4
@@ -49,14 +43,7 @@ def tile_for(shape: Shape, dtype: Any) -> Tile | None:
     m, bits = shape.m, shape.bits
     if dtype == jnp.float32 or m > (64 if bits == 3 or shape.ternary else 256):
         return None
-    rows = pl.next_power_of_2(m)
-    if m <= 4:
-        if bits == 2:
-            return Tile(8, rows, fold=8, warps=2, stages=3)
-        if bits == 8:
-            return Tile(16, rows, fold=8, warps=4, stages=3)
-        return Tile(16, rows, fold=4, warps=2, stages=4 if bits == 4 else 3)
-    rows = min(rows, 64)
+    rows = min(max(pl.next_power_of_2(m), 16), 64)
     many = rows == 64
     wanted = 512 if shape.ternary and not many else 128 if many and (bits != 4 or m <= 64) else 256
     programs = -(-shape.n // 64) * -(-m // rows)
@@ -179,39 +166,37 @@ def _load_levels(ref, first, col, mask, shape: Shape) -> jax.Array:
 
 def _kernel(x_ref, c_ref, l_ref, *rest, shape: Shape, tile: Tile, interpret: bool):
     n_ref, y_ref = rest if shape.ternary else (None, *rest)
-    bits, fold, plane, dtype = shape.bits, tile.fold, shape.plane, x_ref.dtype
+    bits, plane, dtype = shape.bits, shape.plane, x_ref.dtype
     step_size, run = shape.unit, shape.run
     planes = step_size // plane
     units = -(-shape.k // step_size)
-    steps = -(-units // (fold * tile.splits))
-    first = pl.program_id(2) * (steps * fold)
-    a, b = jnp.arange(tile.n * fold), jnp.arange(tile.m * fold)
-    part_a, col = quotient(a, tile.n), pl.program_id(1) * tile.n + remainder(a, tile.n)
-    part_b, row = remainder(b, fold), pl.program_id(0) * tile.m + quotient(b, fold)
+    steps = -(-units // tile.splits)
+    first = pl.program_id(2) * steps
+    col = pl.program_id(1) * tile.n + jnp.arange(tile.n)
+    row = pl.program_id(0) * tile.m + jnp.arange(tile.m)
     in_n = None if shape.n % tile.n == 0 else col < shape.n
     in_m = None if shape.m % tile.m == 0 else (row < shape.m)[:, None]
-    whole = units % (fold * tile.splits) == 0  # every step of every part lies inside the matrix
-    size = (tile.n * fold, tile.m * fold)
+    whole = units % tile.splits == 0  # every step of every part lies inside the matrix
 
     def step(i, acc):
-        at = first + part_a * steps + i
-        cells = _load_cells(c_ref, col, at, _both(in_n, None if whole else at < units), shape)
-        x_first = (first + part_b * steps + i) * step_size
+        at = first + i
+        ats = jnp.full_like(col, at)
+        cells = _load_cells(c_ref, col, ats, _both(in_n, None if whole else ats < units), shape)
 
         def x(j):
-            k = (x_first + j * plane)[:, None] + jnp.arange(plane)[None, :]
+            k = (at * step_size + j * plane + jnp.arange(plane))[None, :]
             in_k = None if whole and shape.k % step_size == 0 else k < shape.k
             return _load(x_ref, (row[:, None], k), _both(in_m, in_k)).T
 
         def levels(ref, j):
-            return _load_levels(ref, at * step_size + j * plane, col, in_n, shape)
+            return _load_levels(ref, ats * step_size + j * plane, col, in_n, shape)
 
         def dot(weights, j, total):
             return jnp.dot(weights, x(j), preferred_element_type=jnp.float32) + total
 
         for j0 in range(0, planes, run):
             scale, zero = scales_and_zeros(levels(l_ref, j0))
-            own = jnp.zeros(size, jnp.float32) if shape.groups > 1 or shape.ternary else acc
+            own = jnp.zeros((tile.n, tile.m), jnp.float32) if shape.groups > 1 or shape.ternary else acc
             if shape.ternary:
                 other = own
                 for j in range(j0, j0 + run):
@@ -225,22 +210,12 @@ def _kernel(x_ref, c_ref, l_ref, *rest, shape: Shape, tile: Tile, interpret: boo
             acc = acc + scale[:, None] * own if shape.groups > 1 else own
         return acc
 
-    acc = jnp.zeros(size, jnp.float32)
+    acc = jnp.zeros((tile.n, tile.m), jnp.float32)
     acc = step(0, acc) if steps == 1 else lax.fori_loop(0, steps, step, acc)
     if shape.groups == 1 and not shape.ternary:
         acc = acc * scales_and_zeros(_load_levels(l_ref, col, col, in_n, shape))[0][:, None]
-    if fold > 1:
-        acc = jnp.where(part_a[:, None] == part_b[None, :], acc, 0.0)
-    cols = pl.program_id(1) * tile.n + jnp.arange(tile.n)
-    if tile.m == 1:
-        y = acc.sum(axis=1).reshape(fold, tile.n).sum(axis=0) if fold > 1 else acc.reshape(tile.n)
-        plgpu.store(y_ref.at[pl.program_id(2), pl.program_id(0), cols], y.astype(y_ref.dtype), mask=cols < shape.n)
-        return
-    if fold > 1:
-        acc = acc.reshape(fold, tile.n, tile.m, fold).sum(axis=3).sum(axis=0)
-    rows = pl.program_id(0) * tile.m + jnp.arange(tile.m)
-    mask = (rows < shape.m)[None, :] & (cols < shape.n)[:, None]
-    plgpu.store(y_ref.at[pl.program_id(2), rows[None, :], cols[:, None]], acc.astype(y_ref.dtype), mask=mask)
+    mask = (row < shape.m)[None, :] & (col < shape.n)[:, None]
+    plgpu.store(y_ref.at[pl.program_id(2), row[None, :], col[:, None]], acc.astype(y_ref.dtype), mask=mask)
 
 
 def _dense_kernel(c_ref, l_ref, *rest, shape: Shape, rows: int, interpret: bool):

@@ -1,20 +1,21 @@
 """Products of few rows with weights in planes, for Hopper, in Pallas-Mosaic-GPU: what decoding waits for.
 
-The layout is :mod:`jaxformers.kernels.planes_layout`'s. A program has some blocks of 16 outputs, and each of its warps
-every so many'th unit of the inputs. Weights go from memory to registers, 16 bytes a thread at a time, where they lie as
-the matrix units want them: which of a plane's inputs is called the k-th is free, so long as x agrees, so that of each
-32 inputs a thread holds eight neighbours. A warp loads the next unit while it multiplies one; in the end the warps'
-sums, float32, are added in shared memory.
+The layout is :mod:`jaxformers.kernels.planes_layout`'s. A program has one or two blocks of 16 outputs, and each of its
+warps every so many'th unit of the inputs. Weights go from memory to registers, 16 bytes a thread at a time, where they
+lie as the matrix units want them: which of a plane's inputs is called the k-th is free, so long as x agrees, so that of
+each 32 inputs a thread holds eight neighbours. A warp loads the next unit, and its levels, while it multiplies one; in
+the end the warps' sums, float32, are added in shared memory. So there is no second kernel, and no row but those of x.
 
-Kernels follow each other closely: what this one needs of the weights it has the L2 cache fetch before it waits for the
-kernel ahead of it, and lets the next one begin as soon as it has waited itself (programmatic dependent launch, from JAX
-0.11 on; with older versions the two instructions do nothing). A prefetch is no read: even weights that the kernel ahead
-writes are read after the wait.
+``early``: the next kernel may begin before this one ends, and waits then (programmatic dependent launch, from JAX 0.11
+on; with older versions the two instructions do nothing).
 
-Bytes: the cells once, k·n·bits / 8, 4·n a group, x (m·k) once for each program, from L2, and m·n. FLOPs 2·m·k·n.
+Bytes: the cells once, k·n·bits / 8, 4·n a group, x (m·k) once for each program, of which L2 serves most, and m·n. FLOPs
+2·m·k·n. For m = 1 and k = n = 4096 an H100 takes 5.5 µs at 4 bits, XLA's product of the bfloat16 matrix 14.5 µs; what
+was measured, and what did not help, is in benchmarks/results/kernels_lowbit.md.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -30,121 +31,127 @@ MOST = 32  # rows of x
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """A program computes ``blocks`` of 16 outputs, with ``warps`` (a multiple of 4) that share the inputs."""
+    """A program computes ``blocks`` of 16 outputs, with ``warps`` (a multiple of 4) that share the inputs.
+
+    ``early``: it lets the kernel that follows begin while it runs.
+    """
 
     blocks: int = 2
     warps: int = 8
+    early: bool = False
 
 
 def takes(shape: Shape, dtype: Any) -> bool:
     """Whether :func:`matmul` can be called so."""
-    size = max(shape.k * shape.n * shape.bits // 8, shape.m * max(shape.k, shape.n) * 2)
-    return 0 < shape.m <= MOST and dtype in (jnp.bfloat16, jnp.float16) and shape.k % 8 == 0 and size < 2**31
+    size = max(2 * math.prod(shape.cells), 8 * shape.m * max(shape.k, shape.n))  # offsets have 32 bits
+    return 0 < shape.m <= MOST and dtype in (jnp.bfloat16, jnp.float16) and shape.k % 8 == 0 and size < 2**32
 
 
 def tile_for(shape: Shape) -> Tile:
-    """The tile that was fastest on an H100 (benchmarks/results/kernels_lowbit.md)."""
-    return Tile()
+    """The tile that was fastest on an H100 for k = n = 4096, groups of 128, bfloat16."""
+    few = shape.m <= 4
+    if shape.bits == 8:
+        return Tile(2, 16)
+    if shape.ternary:
+        return Tile(2, 16, early=True) if few else Tile(2, 8)
+    if shape.bits == 3 and shape.m > 8:
+        return Tile(1, 4)
+    return Tile(1, 8, early=shape.bits == 4) if few else Tile(2, 8)
 
 
-def fetch(w: Any, cells: Any, shape: Shape, tile: Tile) -> None:
-    """Have L2 fetch this program's cells, which lie side by side for each block."""
-    blocks, units, _, lanes = shape.cells
-    size = units * ROWS * lanes * 2
-    for b in range(tile.blocks):
-        block = w.program * tile.blocks + b
-        w.prefetch(cells, block * (units * ROWS * lanes), size, w.both(w.thread < 1, block < blocks))
-
-
-def compute(w: Any, x: Any, cells: Any, levels: Any, negative: Any, y: Any, sums: Any, shape: Shape, tile: Tile) -> None:
+def compute(w: Any, x: Any, cells: Any, tables: list[Any], y: Any, sums: Any, shape: Shape, tile: Tile) -> None:
     """What one thread does, on references to the arrays and to shared memory (warps · blocks · 16 · columns floats)."""
     dtype = jnp.bfloat16 if w.half == "bf16" else jnp.float16
     bits, plane, unit = shape.bits, shape.plane, shape.unit
     blocks, units, _, lanes = shape.cells
     columns = -(-shape.m // 8)  # of eight rows of x
-    steps = -(-units // tile.warps)
     runs = unit // plane // shape.run
-    parts = 1 if bits == 3 else plane // 32  # of a plane, 32 inputs each
+    chunks = 3 if bits == 3 else 1  # of eight cells a thread, for 32 inputs of each plane
+    parts = lanes // 32 // chunks  # of a unit, 32 inputs of each plane each
+    steps = -(-units // tile.warps)
     g, t = w.lane // 4, w.lane % 4  # this thread's row (and g + 8), and eighth of 32 inputs
+    rows = (g, g + 8)
 
-    def load_cells(i):
-        """[block][row g or g + 8][32 cells] -> four registers, each two neighbouring cells."""
+    def unit_of(i):
+        """(the number, whether there is one) of this warp's unit i."""
         at = i * tile.warps + w.warp
-        inside = w.both(i < steps, True if units % tile.warps == 0 else at < units)
+        return at, w.both(i < steps, True if units % tile.warps == 0 else at < units)
 
-        def one(b, row, q):
+    def load_unit(i):
+        """Cells [block][row g or g + 8][part, chunk] -> four registers of eight neighbours, and
+        levels [run][table][block][row g or g + 8]."""
+        at, inside = unit_of(i)
+
+        def cell(b, row, q):
             block = w.least(w.program * tile.blocks + b, blocks - 1)
             return w.load(cells, ((block * units + at) * ROWS + row) * lanes + 32 * q + t * 8, inside, once=True)
 
-        return [[[one(b, row, q) for q in range(lanes // 32)] for row in (g, g + 8)] for b in range(tile.blocks)]
-
-    def load_run(i, r):
-        """(x, levels, negative levels) of run r: [plane, part][column] -> four registers; [block][row g or g + 8]."""
-        at = i * tile.warps + w.warp
-        inside = w.both(i < steps, True if units % tile.warps == 0 else at < units)
-        group = at * unit + r * shape.run * plane
-
-        def part(j, q, c):
-            k = group + j * plane + 32 * q + t * 8
-            rows = True if shape.m % 8 == 0 or c < columns - 1 else g < shape.m - 8 * c
-            where = w.both(inside, rows, True if shape.k % unit == 0 else k < shape.k)
-            return w.load(x, (g + 8 * c) * shape.k + k, where)
-
-        def level(table, b, row):
+        def level(table, r, b, row):
+            group = (at * unit + r * shape.run * plane) // shape.group
+            group = 0 if shape.groups == 1 else w.least(group, shape.groups - 1)
             output = w.least((w.program * tile.blocks + b) * ROWS + row, shape.n - 1)
-            of = 0 if shape.groups == 1 else w.least(group // shape.group, shape.groups - 1)
-            return w.load(table, of * shape.n + output, inside, n=1)[0]
+            return w.load(table, group * shape.n + output, inside, n=1)[0]
 
-        tables = [levels] if negative is None else [levels, negative]
+        each = range(tile.blocks)
         return (
-            [[part(j, q, c) for c in range(columns)] for j in range(shape.run) for q in range(parts)],
-            [[[level(table, b, row) for row in (g, g + 8)] for b in range(tile.blocks)] for table in tables],
+            [[[cell(b, row, q) for q in range(parts * chunks)] for row in rows] for b in each],
+            [[[[level(table, r, b, row) for row in rows] for b in each] for table in tables] for r in range(runs)],
         )
 
-    def numbers(held, j, q, b, zeros, bit=None):
-        """The four registers, two of each row, of 16 inputs each (two of them) of plane j's part q."""
+    def load_x(i, r):
+        """[plane, part][column] -> four registers, for run r of unit i."""
+        at, inside = unit_of(i)
+
+        def one(j, q, c):
+            k = at * unit + (r * shape.run + j) * plane + 32 * q + t * 8
+            there = True if shape.m % 8 == 0 or c < columns - 1 else g < shape.m - 8 * c
+            where = w.both(inside, there, True if shape.k % unit == 0 else k < shape.k)
+            return w.load(x, (g + 8 * c) * shape.k + k, where)
+
+        return [[one(j, q, c) for c in range(columns)] for j in range(shape.run) for q in range(parts)]
+
+    def numbers(held, j, zeros, bit):
+        """Plane j's 16 first and 16 last of 32 inputs: four registers each, two of either row."""
         found = []
-        for s in (0, 1):
+        for s in range(4):
             for half in (0, 1):
-                for row in (0, 1):
-                    if bit is not None:
-                        found.append(w.ptx(bit_ptx(2 * j + bit, dtype), [held[b][row][q][2 * s + half]]))
-                        continue
-                    which, body = plane_ptx(j, bits, dtype)
-                    own = [held[b][row][c if bits == 3 else q][2 * s + half] for c in which]
-                    found.append(w.ptx(body, [*own, zeros[row]]))
+                if bit is not None:
+                    found.append(w.ptx(bit_ptx(2 * j + bit, dtype), [held[half][0][s]]))
+                    continue
+                which, body = plane_ptx(j, bits, dtype)
+                found.append(w.ptx(body, [*(held[half][c][s] for c in which), zeros[half]]))
         return found[:4], found[4:]
 
-    def multiply(acc, held, r, run):
-        values, tables = run
+    def multiply(acc, cells, levels, values, r):
+        """acc and the products of run r."""
         out = []
         for b in range(tile.blocks):
-            scales = [[w.as_float(level & 0xFFFFFF00 if i == 0 else level) for level in table[b]]
-                      for i, table in enumerate(tables)]
-            zeros = None if shape.ternary else [_zeros(w, level & 0xFF, bits, dtype) for level in tables[0][b]]
+            zeros = None if shape.ternary else [_zeros(w, level & 0xFF, bits, dtype) for level in levels[0][b]]
             mine = acc[b]
-            for i, scale in enumerate(scales):
+            for table, found in enumerate(levels):
                 own = [[w.zero()] * 4 for _ in range(columns)]
                 for j in range(shape.run):
                     for q in range(parts):
-                        bit = i if shape.ternary else None
-                        for s, a in enumerate(numbers(held, r * shape.run + j, q, b, zeros, bit)):
-                            of = values[j * parts + q]
-                            own = [w.mma(own[c], a, of[c][2 * s : 2 * s + 2]) for c in range(columns)]
+                        held = [cells[b][half][q * chunks : (q + 1) * chunks] for half in (0, 1)]
+                        weights = numbers(held, r * shape.run + j, zeros, table if shape.ternary else None)
+                        for s, a in enumerate(weights):
+                            of = [v[2 * s : 2 * s + 2] for v in values[j * parts + q]]
+                            own = [w.mma(own[c], a, of[c]) for c in range(columns)]
+                scale = [w.as_float(level if table else level & 0xFFFFFF00) for level in found[b]]
                 mine = [[w.fma(own[c][e], scale[e // 2], mine[c][e]) for e in range(4)] for c in range(columns)]
             out.append(mine)
         return out
 
     def step(i, carry):
-        acc, held, run = carry
-        ahead = load_cells(i + 1)
+        acc, (cells, levels), values = carry
+        ahead = load_unit(i + 1)
         for r in range(runs):
-            following = load_run(i, r + 1) if r + 1 < runs else load_run(i + 1, 0)
-            acc, run = multiply(acc, held, r, run), following
-        return acc, ahead, run
+            following = load_x(i, r + 1) if r + 1 < runs else load_x(i + 1, 0)
+            acc, values = multiply(acc, cells, levels[r], values, r), following
+        return acc, ahead, values
 
     acc = [[[w.zero()] * 4 for _ in range(columns)] for _ in range(tile.blocks)]
-    acc, _, _ = w.loop(steps, step, (acc, load_cells(0), load_run(0, 0)))
+    acc, _, _ = w.loop(steps, step, (acc, load_unit(0), load_x(0, 0)))
 
     outputs = tile.blocks * ROWS
     for b in range(tile.blocks):
@@ -179,26 +186,22 @@ def matmul(x: jax.Array, planes: Planes, shape: Shape, tile: Tile | None = None)
     half = "bf16" if x.dtype == jnp.bfloat16 else "f16"
     columns = -(-shape.m // 8) * 8
 
-    def entry(x_ref, cells_ref, levels_ref, *rest):
-        *negative, y_ref, sums = rest
+    def planes_few_rows(x_ref, cells_ref, *rest):
+        *tables, y_ref, sums = rest
         anything = plmgpu.RefType()
 
-        @plmgpu.inline_mgpu(arg_types=(anything,))
-        def before(_, cells):
-            fetch(Warp(half), cells, shape, tile)
+        @plmgpu.inline_mgpu(arg_types=(anything,) * (4 + len(tables)))
+        def product(_, x, cells, *rest):
+            *tables, y, sums = rest
+            compute(Warp(half), x, cells, tables, y, sums, shape, tile)
 
-        @plmgpu.inline_mgpu(arg_types=(anything,) * (5 + len(negative)))
-        def product(_, x, cells, levels, *rest):
-            *negative, y, sums = rest
-            compute(Warp(half), x, cells, levels, *(negative or [None]), y, sums, shape, tile)
-
-        before(cells_ref)
-        plmgpu.griddepcontrol_wait()
-        plmgpu.griddepcontrol_launch_dependents()
-        product(x_ref, cells_ref, levels_ref, *negative, y_ref, sums)
+        if tile.early:
+            plmgpu.griddepcontrol_wait()
+            plmgpu.griddepcontrol_launch_dependents()
+        product(x_ref, cells_ref, *tables, y_ref, sums)
 
     return plmgpu.kernel(
-        entry,
+        planes_few_rows,
         out_type=jax.ShapeDtypeStruct((shape.m, shape.n), x.dtype),
         scratch_types=(plmgpu.SMEM((tile.warps * tile.blocks * ROWS * columns,), jnp.float32),),
         grid=(-(-shape.cells[0] // tile.blocks),),

@@ -120,8 +120,8 @@ class Warp:
         if where is None or where is True:
             return self._asm(["r"] * n, load, inputs)
         clear = "".join(f"mov.b32 {o}, 0; " for o in out)
-        text = "{ .reg .pred p; setp.ne.u32 p, $%d, 0; %s@p %s }" % (n + 1, clear, load)
-        return self._asm(["r"] * n, text, [*inputs, ("r", _flag(where))])
+        text = f"setp.ne.u32 p, ${n + 1}, 0; {clear}@p {load}"
+        return self._asm(["r"] * n, "{ .reg .pred p; " + text + " }", [*inputs, ("r", _flag(where))])
 
     def store(self, ref: Any, at: Any, value: Any, where: Any) -> None:
         """A float, rounded to a half, as element ``at``."""
@@ -140,18 +140,13 @@ class Warp:
         """Wait for all threads of the program, and for what they put into shared memory."""
         self._asm([], "barrier.sync 0;", [])
 
-    def prefetch(self, ref: Any, at: Any, size: int, where: Any) -> None:
-        """Have the L2 cache fetch ``size`` bytes (a multiple of 16) from element ``at`` on. No read: races with none."""
-        text = "{ .reg .pred p; setp.ne.u32 p, $1, 0; @p cp.async.bulk.prefetch.L2.global [$0], %d; }" % size
-        self._asm([], text, [("l", self.address(ref, at)), ("r", _flag(where))])
-
     def ptx(self, body: str, args: list[Number]) -> Number:
-        """What ``body`` leaves in $0, of the registers $1, …; t and u are to its use, KIND is the type of two halves."""
+        """What ``body`` leaves in $0, of registers $1, …; t and u are to its use, KIND is the type of two halves."""
         text = "{ .reg .b32 t, u; " + body.replace("KIND", self.half + "x2") + " }"
         return self._asm(["r"], text, [("r", a) for a in args], memory=False)[0]
 
     def mma(self, acc: list[Any], a: list[Number], b: list[Number]) -> list[Any]:
-        """acc + A B by the matrix units, A (16, 16) and B (16, 8) of halves, sums float32; parts as PTX hands them out."""
+        """acc + A B by the matrix units, A (16, 16) and B (16, 8) halves, sums float32; parts as PTX hands them out."""
         name = f"mma.sync.aligned.m16n8k16.row.col.f32.{self.half}.{self.half}.f32"
         text = name + " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
         inputs = [("r", r) for r in (*a, *b)] + [("f", c) for c in acc]

@@ -89,19 +89,19 @@ def test_planes_hold_whole_groups():
 
 # -- kernels, interpreted ---------------------------------------------------------------------------------------------
 
-CASES = [  # kind, dtype, m, k, n, group size, tile: folds and splits that fit and that do not, rows and outputs beyond
-    ("2", "bfloat16", 1, 1024, 64, 128, Tile(16, 1, fold=4)),
-    ("2", "float16", 5, 544, 40, 32, Tile(32, 4, fold=2, splits=2)),
-    ("3", "bfloat16", 1, 1056, 40, 96, Tile(16, 1, fold=2)),
+CASES = [  # kind, dtype, m, k, n, group size, tile: splits that fit and that do not, rows and outputs beyond
+    ("2", "bfloat16", 1, 1024, 64, 128, Tile(16, 16)),
+    ("2", "float16", 5, 544, 40, 32, Tile(32, 16, splits=2)),
+    ("3", "bfloat16", 1, 1056, 40, 96, Tile(16, 16, splits=2)),
     ("3", "float16", 20, 544, 72, -1, Tile(64, 16)),
-    ("4", "bfloat16", 1, 1024, 64, 128, Tile(32, 1, fold=4)),
-    ("4", "bfloat16", 3, 1056, 40, 32, Tile(16, 2, fold=4, splits=2)),
+    ("4", "bfloat16", 1, 1024, 64, 128, Tile(32, 16)),
+    ("4", "bfloat16", 3, 1056, 40, 32, Tile(16, 16, splits=2)),
     ("4", "float16", 17, 640, 72, 64, Tile(64, 16, splits=2)),
     ("4", "bfloat16", 70, 512, 130, 256, Tile(64, 64)),
-    ("4", "bfloat16", 2, 544, 40, -1, Tile(16, 2, fold=4)),
-    ("8", "bfloat16", 1, 512, 64, 128, Tile(16, 1, fold=8)),
+    ("4", "bfloat16", 2, 544, 40, -1, Tile(16, 16)),
+    ("8", "bfloat16", 1, 512, 64, 128, Tile(16, 16)),
     ("8", "float16", 9, 544, 40, 32, Tile(64, 8, splits=3)),
-    ("ternary", "bfloat16", 1, 1056, 40, 96, Tile(16, 1, fold=2)),
+    ("ternary", "bfloat16", 1, 1056, 40, 96, Tile(16, 16, splits=2)),
     ("ternary", "float16", 17, 512, 72, -1, Tile(64, 16, splits=2)),
 ]
 
@@ -204,7 +204,7 @@ def test_the_choice():
     assert planes.choose(shape(1), jnp.bfloat16) == "xla"  # here
     assert planes.choose(shape(1), jnp.bfloat16, "gpu") == "gpu" and planes.choose(shape(1), jnp.int8, "gpu") == "xla"
     assert planes.choose(shape(1), jnp.bfloat16, "tpu") == planes.choose(shape(0), jnp.bfloat16, "gpu") == "xla"
-    assert planes_gpu.tile_for(shape(3), jnp.bfloat16).fold > 1 and planes_gpu.tile_for(shape(256), jnp.float16)
+    assert planes_gpu.tile_for(shape(3), jnp.bfloat16).m == 16 and planes_gpu.tile_for(shape(256), jnp.float16)
     assert planes_gpu.tile_for(shape(4096), jnp.bfloat16) is planes_gpu.tile_for(shape(1), jnp.float32) is None
 
 
@@ -213,8 +213,12 @@ def test_kernels_lower_for_cuda(kind):
     made, _, _ = operands(kind, 1056, 200, 32)
     options = {"bits": 2 if kind == "ternary" else int(kind), "k": 1056, "group_size": 32}
     f = lambda x, made: planes.matmul(x, made, **options, implementation="gpu")
-    for m, dtype, name in [(1, "bfloat16", "matmul"), (17, "float16", "matmul"), (64, "bfloat16", "matmul")]:
-        assert f"planes_{name}" in aot.lower_for_cuda(f, jax.ShapeDtypeStruct((m, 1056), dtype), made)
+    for m, dtype, name in [
+        (1, "bfloat16", "mosaic_gpu"),
+        (17, "float16", "mosaic_gpu"),
+        (64, "bfloat16", "planes_matmul"),
+    ]:
+        assert name in aot.lower_for_cuda(f, jax.ShapeDtypeStruct((m, 1056), dtype), made)
     for m, dtype in [(1000, "bfloat16"), (3, "float32")]:
         assert "planes_dense" in aot.lower_for_cuda(f, jax.ShapeDtypeStruct((m, 1056), dtype), made)
     grad = jax.grad(lambda x, made: f(x, made).astype(jnp.float32).sum())

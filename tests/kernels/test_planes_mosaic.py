@@ -1,34 +1,28 @@
-"""The Hopper kernel of products of few rows: every thread of it run by NumPy, lowered, and what it takes."""
+"""The Hopper kernel of products of few rows: every thread of it run by NumPy, and what it takes."""
 
-import jax
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import aot
 from kernels.test_lowbit import KINDS, error, inputs
 from kernels.test_planes import BOUNDS, operands, shape_of
 from kernels.threads import Threads
 
 from jaxformers.kernels import planes_mosaic
-from jaxformers.kernels.planes_mosaic import Tile
+from jaxformers.kernels.planes_mosaic import Tile, takes, tile_for
 
 
 def run(x, made, shape, tile):
     """The kernel, thread by thread."""
     half = "bf16" if x.dtype == jnp.bfloat16 else "f16"
     w = Threads(half, -(-shape.cells[0] // tile.blocks), tile.warps)
-    cells, levels = np.asarray(made.cells), np.asarray(made.levels)
-    negative = None if made.negative is None else np.asarray(made.negative)
+    cells, *tables = (np.asarray(a) for a in made if a is not None)
     y = np.full((shape.m, shape.n), np.nan, x.dtype)
     sums = np.full((w.shape[0], tile.warps * tile.blocks * 16 * -(-shape.m // 8) * 8), np.nan, np.float32)
-    planes_mosaic.fetch(w, cells, shape, tile)
-    planes_mosaic.compute(w, np.asarray(x), cells, levels, negative, y, sums, shape, tile)
-    covered = np.zeros(cells.size, int)
-    for at, size in w.fetched:
-        covered[at : at + size] += 1
-    assert (covered == 1).all()  # all cells are fetched ahead, each once
+    planes_mosaic.compute(w, np.asarray(x), cells, tables, y, sums, shape, tile)
     return y
 
 
@@ -69,3 +63,23 @@ def test_odd_shapes(kind, m, k, n, group_size, seed):
     made, dense, _ = operands(kind, 32 * k, n, group_size, seed)
     x = inputs(m, 32 * k, jnp.bfloat16, seed)
     assert error(run(x, made, shape_of(kind, made, m, 32 * k, group_size), Tile(2, 4)), x, dense) < BOUNDS["bfloat16"]
+
+
+def test_what_it_takes():
+    made, _, _ = operands("4", 512, 64, 128)
+    shape = lambda m: shape_of("4", made, m, 512, 128)
+    assert takes(shape(1), jnp.bfloat16) and takes(shape(32), jnp.float16)
+    assert not (takes(shape(33), jnp.bfloat16) or takes(shape(0), jnp.bfloat16) or takes(shape(1), jnp.float32))
+    large = dataclasses.replace(shape(1), k=2**17, n=2**17)
+    assert not takes(large, jnp.bfloat16)  # its cells lie beyond 32-bit offsets
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tiles_that_are_chosen(kind):
+    """Each is one that a block can be: warps of whole warpgroups, at most 1024 threads, and the right answer."""
+    made, dense, _ = operands(kind, 1024, 72, 128)
+    for m in (1, 4, 9, 32):
+        x, shape = inputs(m, 1024, jnp.bfloat16), shape_of(kind, made, m, 1024, 128)
+        tile = tile_for(shape)
+        assert tile.warps % 4 == 0 and tile.warps <= 32
+        assert error(run(x, made, shape, tile), x, dense) < BOUNDS["bfloat16"]

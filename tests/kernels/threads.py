@@ -5,7 +5,6 @@ A register is an array (programs, warps, 32) of uint32, held as int64, a float o
 
 import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -51,7 +50,6 @@ class Threads:
         self.shape = (programs, warps, 32)
         self.program, self.warp, self.lane = (a.astype(np.int64) for a in np.indices(self.shape))
         self.thread = self.warp * 32 + self.lane
-        self.fetched = []
 
     def whole(self, a, dtype=np.int64):
         return np.broadcast_to(np.asarray(a, dtype), self.shape)
@@ -80,10 +78,6 @@ class Threads:
 
     def barrier(self):
         pass
-
-    def prefetch(self, ref, at, size, where):
-        where = self.where(where)
-        self.fetched += [(a, size // ref.dtype.itemsize) for a in self.whole(at)[where]]
 
     def ptx(self, body, args):
         return run_ptx(body, [self.whole(a) for a in args], self.dtype).astype(np.int64)
@@ -122,8 +116,3 @@ class Threads:
         for i in range(n):
             carry = body(i if n <= 2 else self.whole(i), carry)
         return carry
-
-
-def arrays(tree):
-    """The leaves as NumPy arrays that can be written to."""
-    return jax.tree.map(np.array, tree)

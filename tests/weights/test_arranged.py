@@ -84,8 +84,8 @@ def test_bfloat16_scales_and_tensors():
 def test_the_kernel_is_taken_on_a_gpu_only():
     made = arranged(weight(4, 32, True))
     x = jnp.ones((2, 544), jnp.bfloat16)
-    assert "planes_matmul" in aot.lower_for_cuda(lambda w, x: w.matmul(x), made, x)
-    assert "planes" not in jax.jit(lambda w, x: w.matmul(x)).lower(made, x).as_text()
+    assert "mosaic_gpu" in aot.lower_for_cuda(lambda w, x: w.matmul(x), made, x)
+    assert "mosaic_gpu" not in jax.jit(lambda w, x: w.matmul(x)).lower(made, x).as_text()
 
 
 @pytest.fixture(scope="module")
