@@ -173,9 +173,10 @@ def test_the_choice(monkeypatch):
         monkeypatch.setattr(module, "platform", lambda where=where: where)
         monkeypatch.setattr(module, "partitioned", lambda: False)
         chosen[where] = [choose(4096, 128, 64), choose(4096, 64, 64), choose(100, 128, 64), choose(4096, 128, 256)]
-    assert chosen["cpu"] == 4 * ["xla"]
-    assert chosen["gpu"] == ["pallas_gpu", "pallas_gpu", "xla", "xla"]
-    assert chosen["tpu"] == ["pallas_tpu", "xla", "xla", "pallas_tpu"]
+        chosen[where] += [choose(4096, 128, size, jnp.float32) for size in (64, 128)]
+    assert chosen["cpu"] == 6 * ["xla"]
+    assert chosen["gpu"] == ["pallas_gpu", "pallas_gpu", "xla", "xla", "pallas_gpu", "xla"]
+    assert chosen["tpu"] == ["pallas_tpu", "xla", "xla", "pallas_tpu", "pallas_tpu", "pallas_tpu"]
 
 
 def test_what_does_not_fit_is_refused():
