@@ -1,11 +1,12 @@
 """Compile time of a 12-layer train step: layers as a Python loop, as a scan, with and without rematerialisation.
 
-    python benchmarks/compile.py [--layers 12] [--rounds 3] [--out benchmarks/results/compile.md]
+    python benchmarks/compile.py [--layers 12] [--rounds 3] [--tpu v5e:2x2] [--out benchmarks/results/compile.md]
 
 A masked-LM BERT, batch 8 × 128, AdamW in float32, the step that `fit` compiles (forward, backward, clipping, update).
 Each measurement is a process of its own without a compilation cache; "from the cache" is a second process that finds
 the first one's program in the persistent cache which `fit` switches on. Variants take turns, times are
-medians; CPU seconds are what to compare on a machine that does other things meanwhile.
+medians; CPU seconds are what to compare on a machine that does other things meanwhile. ``--tpu`` compiles for one chip of
+that topology, which needs libtpu and no TPU.
 """
 
 import argparse
@@ -29,7 +30,7 @@ VARIANTS = {
 }
 
 
-def measure(options: dict, layers: int, width: int) -> dict:
+def measure(options: dict, layers: int, width: int, tpu: str | None) -> dict:
     """Trace and compile once, without running; seconds, and the bytes that XLA plans for temporaries."""
     import time
 
@@ -63,10 +64,17 @@ def measure(options: dict, layers: int, width: int) -> dict:
     ids = jax.ShapeDtypeStruct((8, 128), jnp.int32)
     batch = {"input_ids": ids, "attention_mask": ids, "labels": ids}
 
+    key, where = jax.random.key(0, impl=impl), {}
+    if tpu:
+        from jax.experimental import topologies
+
+        device = topologies.get_topology_desc(platform="tpu", topology_name=tpu).devices[0]
+        where = dict.fromkeys(("in_shardings", "out_shardings"), jax.sharding.SingleDeviceSharding(device))
+        key = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
     now = lambda: (time.perf_counter(), time.process_time())
     start = now()
-    traced = jax.jit(step, donate_argnums=0).trace(state, frozen, batch, jax.random.key(0, impl=impl))
-    lowered = traced.lower()
+    traced = jax.jit(step, donate_argnums=0, **where).trace(state, frozen, batch, key)
+    lowered = traced.lower(lowering_platforms=("tpu",) if tpu else None)
     middle = now()
     compiled = lowered.compile()
     end = now()
@@ -86,6 +94,7 @@ def child(name: str, args: argparse.Namespace, cache: str | None) -> dict:
     if cache:
         environment |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, __file__, "--child", name, "--layers", str(args.layers), "--width", str(args.width)]
+    command += ["--tpu", args.tpu] if args.tpu else []
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
@@ -97,11 +106,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tpu", help="compile for this topology")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measure(dict(VARIANTS[args.child]), args.layers, args.width)))
+        print(json.dumps(measure(dict(VARIANTS[args.child]), args.layers, args.width, args.tpu)))
         return
 
     cold: dict[str, list[dict]] = {name: [] for name in VARIANTS}
@@ -114,7 +124,8 @@ def main() -> None:
     median = lambda runs, key: statistics.median(run[key] for run in runs)
     both = lambda name, kind="": median(cold[name], "trace" + kind) + median(cold[name], "compile" + kind)
     lines = [
-        f"# Compile time of a train step, BERT with {args.layers} layers of width {args.width}, loop against scan\n",
+        f"# Compile time of a train step, BERT with {args.layers} layers of width {args.width}, loop against scan"
+        f"{', compiled for one chip of ' + args.tpu if args.tpu else ''}\n",
         "| layers as | trace + compile, s | against the loop | CPU seconds, all threads | against the loop | "
         "of it tracing | from the cache, s | program, lines | temporaries, MB |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -130,7 +141,8 @@ def main() -> None:
     versions = ", ".join(f"{p} {version(p)}" for p in ("jax", "jaxlib", "flax", "optax"))
     lines += [
         "",
-        f"- command: `python benchmarks/compile.py --layers {args.layers} --width {args.width} --rounds {args.rounds}`",
+        f"- command: `python benchmarks/compile.py --layers {args.layers} --width {args.width} --rounds {args.rounds}"
+        f"{' --tpu ' + args.tpu if args.tpu else ''}`",
         f"- machine: {cpu}, {len(os.sched_getaffinity(0))} cores, {platform.system()}, Python "
         f"{platform.python_version()}",
         f"- versions: {versions}",

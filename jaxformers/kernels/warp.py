@@ -17,11 +17,10 @@ class Number:
     def __init__(self, value: Any):
         self.value = value
 
-    def _with(self, name: str, other: Any, swapped: bool = False) -> "Number":
+    def _with(self, name: str, other: Any) -> "Number":
         from jaxlib.mlir.dialects import arith
 
-        a, b = self.value, _number(other).value
-        return Number(getattr(arith, name)(*((b, a) if swapped else (a, b))))
+        return Number(getattr(arith, name)(self.value, _number(other).value))
 
     def __add__(self, other):
         return self._with("addi", other)
@@ -71,12 +70,9 @@ class Warp:
         """``half``: "bf16" or "f16", of which a register holds two."""
         from jaxlib.mlir.dialects import gpu
 
-        self.half = half
-        x = gpu.Dimension.x
-        index = lambda value: Number(_cast(value))
-        thread = index(gpu.thread_id(x))
-        self.program, self.thread = index(gpu.block_id(x)), thread
-        self.lane, self.warp = thread % 32, thread // 32
+        self.half, x = half, gpu.Dimension.x
+        self.program, self.thread = Number(_cast(gpu.block_id(x))), Number(_cast(gpu.thread_id(x)))
+        self.lane, self.warp = self.thread % 32, self.thread // 32
 
     def _asm(self, outputs: list[str], text: str, inputs: list[tuple[str, Any]], memory: bool = True) -> list[Any]:
         """PTX; ``outputs`` and ``inputs`` with constraints r, f or l. What touches ``memory`` stays in this order."""

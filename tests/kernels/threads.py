@@ -50,6 +50,7 @@ class Threads:
         self.shape = (programs, warps, 32)
         self.program, self.warp, self.lane = (a.astype(np.int64) for a in np.indices(self.shape))
         self.thread = self.warp * 32 + self.lane
+        self.unseen = []
 
     def whole(self, a, dtype=np.int64):
         return np.broadcast_to(np.asarray(a, dtype), self.shape)
@@ -71,13 +72,16 @@ class Threads:
         ref.reshape(-1)[self.whole(at)[where]] = value[where].astype(self.dtype)
 
     def put(self, ref, at, value):
-        ref[self.program, self.whole(at)] = value
+        self.unseen.append((ref, at, value))
 
     def get(self, ref, at):
         return ref[self.program, self.whole(at)]
 
     def barrier(self):
-        pass
+        """Only now does anybody see what was put."""
+        for ref, at, value in self.unseen:
+            ref[self.program, self.whole(at)] = value
+        self.unseen = []
 
     def ptx(self, body, args):
         return run_ptx(body, [self.whole(a) for a in args], self.dtype).astype(np.int64)
