@@ -43,8 +43,8 @@ class Tile:
 
 def takes(shape: Shape, dtype: Any) -> bool:
     """Whether :func:`matmul` can be called so."""
-    size = max(2 * math.prod(shape.cells), 8 * shape.m * max(shape.k, shape.n))  # offsets have 32 bits
-    return 0 < shape.m <= MOST and dtype in (jnp.bfloat16, jnp.float16) and shape.k % 8 == 0 and size < 2**32
+    small = 2 * math.prod(shape.cells) < 2**32  # bytes: offsets have 32 bits
+    return 0 < shape.m <= MOST and dtype in (jnp.bfloat16, jnp.float16) and shape.k % 8 == 0 and small
 
 
 def tile_for(shape: Shape) -> Tile:
