@@ -4,8 +4,9 @@
 
 Bytes moved: k·n·bits / 8 of cells, 4·n for each group, activations m·k once for each tile of outputs (of which the L2
 cache serves most) and m·n. FLOPs 2·m·k·n. What an H100 measured against XLA's product of the bfloat16 matrix stands in
-benchmarks/results/kernels_lowbit.md. Many rows are better served by writing the matrix out in the dtype of x
-(:func:`jaxformers.kernels.planes_gpu.dense`) and XLA's product.
+benchmarks/results/kernels_lowbit.md. On a GPU up to 32 rows in 16 bits are :mod:`jaxformers.kernels.planes_mosaic`'s,
+more of them :mod:`jaxformers.kernels.planes_gpu`'s, of which many are better served by writing the matrix out in the
+dtype of x (:func:`jaxformers.kernels.planes_gpu.dense`) and XLA's product.
 """
 
 import functools

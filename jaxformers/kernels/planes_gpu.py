@@ -5,8 +5,8 @@ operand, and turns two codes at a time into numbers by two or three instructions
 one code at a time). The product is formed as (outputs, rows of x), so that weights are the operand that comes from
 registers. Codes less zeros are whole numbers, which bfloat16 holds exactly; sums and scales are float32.
 
-Two warps a program take the matrix units' older instructions, for which nothing has to wait; four and 64 rows take
-those of Hopper. Products of up to 32 rows in 16 bits are :mod:`jaxformers.kernels.planes_mosaic`'s.
+Four warps a program and 64 rows take Hopper's matrix instructions, fewer of either the older ones. Products of up to 32
+rows in 16 bits are :mod:`jaxformers.kernels.planes_mosaic`'s.
 """
 
 import dataclasses
@@ -38,17 +38,14 @@ def tile_for(shape: Shape, dtype: Any) -> Tile | None:
     """The tile that was fastest on an H100, or None where :func:`dense` and XLA's product are (or for float32).
 
     Measured for k = n = 4096 and 8192, groups of 128, bfloat16 (benchmarks/results/kernels_lowbit.md); other sizes and
-    float16 go by these.
+    float16 go by these. Up to 32 rows only the interpreter comes here.
     """
     m, bits = shape.m, shape.bits
     if dtype == jnp.float32 or m > (64 if bits == 3 or shape.ternary else 256):
         return None
-    rows = min(max(pl.next_power_of_2(m), 16), 64)
-    many = rows == 64
-    wanted = 512 if shape.ternary and not many else 128 if many and (bits != 4 or m <= 64) else 256
-    programs = -(-shape.n // 64) * -(-m // rows)
-    splits = min(8, pl.next_power_of_2(max(1, wanted // programs)))  # there are 132 multiprocessors
-    return Tile(64, rows, splits=splits, warps=4 if many else 2, stages=3)
+    wanted = 256 if bits == 4 and m > 64 else 128  # programs; there are 132 multiprocessors
+    splits = min(8, pl.next_power_of_2(max(1, wanted // (-(-shape.n // 64) * -(-m // 64)))))
+    return Tile(64, 64, splits=splits, warps=4, stages=3)
 
 
 # -------------------------------------------------------------------------------------------- codes into mantissas

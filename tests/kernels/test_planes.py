@@ -204,7 +204,7 @@ def test_the_choice():
     assert planes.choose(shape(1), jnp.bfloat16) == "xla"  # here
     assert planes.choose(shape(1), jnp.bfloat16, "gpu") == "gpu" and planes.choose(shape(1), jnp.int8, "gpu") == "xla"
     assert planes.choose(shape(1), jnp.bfloat16, "tpu") == planes.choose(shape(0), jnp.bfloat16, "gpu") == "xla"
-    assert planes_gpu.tile_for(shape(3), jnp.bfloat16).m == 16 and planes_gpu.tile_for(shape(256), jnp.float16)
+    assert planes_gpu.tile_for(shape(64), jnp.bfloat16).splits == 8 and planes_gpu.tile_for(shape(256), jnp.float16)
     assert planes_gpu.tile_for(shape(4096), jnp.bfloat16) is planes_gpu.tile_for(shape(1), jnp.float32) is None
 
 
