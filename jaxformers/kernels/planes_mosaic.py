@@ -60,7 +60,11 @@ def tile_for(shape: Shape) -> Tile:
 
 
 def compute(w: Any, x: Any, cells: Any, tables: list[Any], y: Any, sums: Any, shape: Shape, tile: Tile) -> None:
-    """What one thread does, on references to the arrays and to shared memory (warps · blocks · 16 · columns floats)."""
+    """What one thread does: y (m, n) = x (m, k) times the matrix, of references to the arrays in memory.
+
+    ``w``: a :class:`~jaxformers.kernels.warp.Warp`. ``tables``: levels, and for ternary weights the negative ones.
+    ``sums``: shared memory, warps · blocks · 16 floats for each row of x, of which there are eights.
+    """
     dtype = jnp.bfloat16 if w.half == "bf16" else jnp.float16
     bits, plane, unit = shape.bits, shape.plane, shape.unit
     blocks, units, _, lanes = shape.cells
@@ -180,8 +184,15 @@ def _zeros(w: Any, zero: Any, bits: int, dtype: Any) -> Any:
 
 
 def matmul(x: jax.Array, planes: Planes, shape: Shape, tile: Tile | None = None) -> jax.Array:
-    """x (m, k), bfloat16 or float16, times the matrix -> (m, n) in the dtype of x. For what :func:`takes` takes."""
+    """x (m, k), bfloat16 or float16, times the matrix -> (m, n) in the dtype of x.
+
+    Raises ValueError for what :func:`takes` does not take, and for a tile that is no whole number of warpgroups.
+    """
     tile = tile or tile_for(shape)
+    if not takes(shape, x.dtype) or x.shape != (shape.m, shape.k):
+        raise ValueError(f"x: expected up to {MOST} rows in 16 bits for {shape}, found {x.dtype} {x.shape}")
+    if tile.warps % 4 or not 0 < tile.warps <= 32:
+        raise ValueError(f"tile: warps must be a multiple of 4 up to 32, found {tile}")
     arrays = [a for a in planes if a is not None]
     half = "bf16" if x.dtype == jnp.bfloat16 else "f16"
     columns = -(-shape.m // 8) * 8

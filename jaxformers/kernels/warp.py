@@ -130,6 +130,7 @@ class Warp:
         self._asm([], "st.shared.f32 [$0], $1;", [("r", self.address(ref, at)), ("f", value)])
 
     def get(self, ref: Any, at: Any) -> Any:
+        """The float at element ``at`` of shared memory."""
         return self._asm(["f"], "ld.shared.f32 $0, [$1];", [("r", self.address(ref, at))])[0]
 
     def barrier(self) -> None:
@@ -166,11 +167,13 @@ class Warp:
         return self._asm(["f"], "fma.rn.f32 $0, $1, $2, $3;", [("f", v) for v in (a, b, c)], memory=False)[0]
 
     def add(self, a: Any, b: Any) -> Any:
+        """a + b of floats."""
         from jaxlib.mlir.dialects import arith
 
         return arith.addf(a, b)
 
     def least(self, a: Any, b: int) -> Any:
+        """The smaller of a number and a constant."""
         from jaxlib.mlir.dialects import arith
 
         return min(a, b) if isinstance(a, int) else Number(arith.minui(a.value, _number(b).value))

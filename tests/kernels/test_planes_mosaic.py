@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -83,3 +84,27 @@ def test_the_tiles_that_are_chosen(kind):
         tile = tile_for(shape)
         assert tile.warps % 4 == 0 and tile.warps <= 32
         assert error(run(x, made, shape, tile), x, dense) < BOUNDS["bfloat16"]
+
+
+def test_the_next_kernel_is_let_in_only_after_the_wait():
+    """A kernel that may begin early waits before it reads anything; one that was not asked to has no part in it."""
+    made, _, _ = operands("4", 512, 64, 128)
+    shape = shape_of("4", made, 2, 512, 128)
+    x = inputs(2, 512, jnp.bfloat16)
+    text = lambda early: str(jax.make_jaxpr(lambda x: planes_mosaic.matmul(x, made, shape, Tile(early=early)))(x))
+    wait, release, body = (text(True).index(n) for n in ("griddepcontrol_wait", "launch_dependents", "inline_mgpu"))
+    assert wait < release < body
+    assert "griddepcontrol" not in text(False) and "inline_mgpu" in text(False)
+
+
+def test_what_it_refuses():
+    made, _, _ = operands("4", 512, 64, 128)
+    shape = lambda m: shape_of("4", made, m, 512, 128)
+    for x, m, tile, message in (
+        (jnp.zeros((33, 512), jnp.bfloat16), 33, Tile(), "up to 32 rows in 16 bits"),
+        (jnp.zeros((2, 512)), 2, Tile(), "found float32"),
+        (jnp.zeros((3, 512), jnp.bfloat16), 2, Tile(), "x: expected"),
+        (jnp.zeros((2, 512), jnp.bfloat16), 2, Tile(warps=6), "multiple of 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            planes_mosaic.matmul(x, made, shape(m), tile)
